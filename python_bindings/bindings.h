@@ -1,0 +1,8 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+void bind_cpu(pybind11::module_& m);
+#ifdef DSNO_KERNELS_CUDA
+void bind_cuda(pybind11::module_& m);
+#endif

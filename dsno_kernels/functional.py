@@ -112,7 +112,7 @@ def spectral_conv(
         "residual": residual,
         "negative_slope": float(negative_slope) if activation else None,
         "out_dtype": out_dtype or y_dtype,
-        "precision": precisions.resolve(precisions.check(precision), x.dtype, x.device.type),
+        "precision": precisions.choose(precision, x.dtype),
     }
     name = _backend(backend)
     if _under_transform(*tensors.values()):
@@ -173,7 +173,7 @@ def spectral_conv_weight_grad(
     options: dict[str, Any] = {
         "time_dim": time_dim,
         "channel_dim": channel_dim,
-        "precision": precisions.resolve(precisions.check(precision), dtype, x.device.type),
+        "precision": precisions.choose(precision, dtype),
     }
     name = _backend(backend)
     if _under_transform(x, grad_output):
@@ -278,7 +278,7 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
     name = kwargs.get("backend")
     lines = []
     for device, dtype in places:
-        precision = precisions.resolve(precisions.check(kwargs.get("precision")), dtype, device.type)
+        precision = precisions.resolve(precisions.choose(kwargs.get("precision"), dtype), device.type)
         request = backends.Request(op_name, device, dtype, precision)
         lines.append(backends.explain_request(request, _backend(name)))
     return "\n".join(lines)

@@ -15,34 +15,30 @@ import torch
 
 BUDGETS = {"fp32": 1e-6, "bf16x3": 1e-5, "tf32": 6e-4, "bf16": 5e-3}
 
+_OF_DTYPE = {torch.float64: "fp32", torch.float32: "", torch.float16: "tf32", torch.bfloat16: "bf16"}
 _OF_MATMUL_PRECISION = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
 
 
-def check(precision: str | None) -> str:
-    """The precision as ops take it: a name, or "" to follow PyTorch's setting at each call.
+def choose(precision: str | None, dtype: torch.dtype) -> str:
+    """The precision an op is asked for, of a caller's `precision` and the dtype of x.
+
+    None gives fp32 for float64, bf16 for bfloat16, tf32 for float16 (whose values are exact in tf32), and "" for
+    float32: PyTorch's setting at the time of each call.
 
     Raises:
         ValueError: an unknown name.
     """
     if precision is None:
-        return ""
+        return _OF_DTYPE[dtype]
     if precision not in BUDGETS:
         raise ValueError(f"unknown precision {precision!r}; accepted: None, {', '.join(map(repr, BUDGETS))}")
     return precision
 
 
-def resolve(precision: str, dtype: torch.dtype, device_type: str) -> str:
-    """The precision of one call.
-
-    An empty name follows the dtype of x and PyTorch's float32 setting: float64 and float32 under "highest" give fp32;
-    "high" gives tf32, "medium" bf16; float16 gives tf32 (its values are exact in tf32) and bfloat16 gives bf16.
-    """
-    if precision or dtype == torch.float64:
-        return precision or "fp32"
-    if dtype == torch.bfloat16:
-        return "bf16"
-    if dtype == torch.float16:
-        return "tf32"
+def resolve(precision: str, device_type: str) -> str:
+    """The precision of one call: "" follows PyTorch's float32 setting, "highest" fp32, "high" tf32, "medium" bf16."""
+    if precision:
+        return precision
     try:
         return _OF_MATMUL_PRECISION[torch.get_float32_matmul_precision()]
     except RuntimeError:  # the legacy getter refuses to answer once PyTorch's newer setting has been written

@@ -39,20 +39,17 @@ def check_name(name: str) -> str:
     return name
 
 
-_forced: str | None = None
+_forced = os.environ.get("DSNO_KERNELS_BACKEND", "")
 
 
 def forced() -> str:
     """The backend asked for by `use_backend` or `DSNO_KERNELS_BACKEND`; "" leaves the choice to `select`."""
-    if _forced is not None:
-        return _forced
-    name = os.environ.get("DSNO_KERNELS_BACKEND", "")
-    return check_name(name) if name else ""
+    return check_name(_forced) if _forced else ""
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the `with` block, and the backward of those ops, on one backend.
+    """Run every op inside the `with` block, and the backward of those ops, on one backend. Holds for the process.
 
     Args:
         name: "reference", "cpu", "cuda", "triton" or "cupy". An op that this backend cannot run raises with the reason.

@@ -125,7 +125,7 @@ def spectral_conv_weight_grad(
             grad_output = apply_positive(grad_output, grad_positive, negative_slope, time_dim, channel_dim)
         X = _rfft(x.to(dtype).movedim((time_dim, channel_dim), (-2, -1)), modes, -2)
         G = _rfft(grad_output.to(dtype).movedim((time_dim, channel_dim), (-2, -1)), modes, -2)
-        dW = torch.einsum("nki,nko->iok", X.flatten(0, -3).conj(), G.flatten(0, -3))
+        dW = torch.einsum("nki,nko->iok", X[None].flatten(0, -3).conj(), G[None].flatten(0, -3))
         n = grad_output.shape[time_dim]
         return torch.view_as_real(dW * (_alpha(modes, n, dW.real) / n))
 

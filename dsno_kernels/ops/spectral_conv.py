@@ -42,7 +42,7 @@ def _run(
     if out.numel() == 0:
         return out, _empty_positive(out, time_dim, channel_dim, save_positive)
     dtype = torch.promote_types(x.dtype, weight.dtype) if weight.dtype == torch.float64 else x.dtype
-    precision = precisions.resolve(precision, dtype, x.device.type)
+    precision = precisions.resolve(precision, x.device.type)
     request = Request("spectral_conv", x.device, dtype, precision)
     y, positive = select(backend, request).spectral_conv(
         x,
@@ -191,6 +191,8 @@ def differentiable_spectral_conv(
 ) -> Tensor:
     """The op with autograd. `x_positive` (the backward of LeakyReLU, fused) is for calls that record no graph."""
     if torch.is_grad_enabled() and x_positive is None:
+        if residual is x and torch.compiler.is_compiling():
+            residual = x.view_as(x)  # Dynamo refuses an autograd.Function that gets one tensor twice
         y: Tensor = SpectralConvFunction.apply(
             x, weight, bias, residual, time_dim, channel_dim, n, adjoint, negative_slope, out_dtype, precision, backend
         )

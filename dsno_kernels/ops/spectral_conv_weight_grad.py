@@ -28,7 +28,7 @@ def _run(
         return _fake(
             x, grad_output, modes, time_dim, channel_dim, grad_positive, negative_slope, precision, backend
         ).zero_()
-    precision = precisions.resolve(precision, dtype, x.device.type)
+    precision = precisions.resolve(precision, x.device.type)
     request = Request("spectral_conv_weight_grad", x.device, dtype, precision)
     grad: Tensor = select(backend, request).spectral_conv_weight_grad(
         x,

@@ -1,0 +1,86 @@
+# From a fresh clone, `make demo`, `make test` and `make bench` need Python >= 3.10, g++ and make; `make help` lists all.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PY ?= $(VENV)/bin/python
+RESULTS ?= benchmarks/results
+
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint requirements/constraints.txt
+SOURCES = $(shell find csrc python_bindings -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES = $(shell find csrc python_bindings tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' \
+	-o -name '*.cuh')
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format bench fuzz gpu clean
+
+help:
+	@echo "make demo    train a small DSNO on real digits, compare layers, write demo_output/"
+	@echo "make test    linters, type check and the tests"
+	@echo "make bench   benchmarks on this machine, and the tables of README.md"
+	@echo "make fuzz    10,000 random cases against the reference"
+	@echo "make gpu     tests and benchmarks that need a GPU, with PY=$(PY)"
+	@echo "make lint    linters and type check alone;  make format: rewrite the files in style"
+	@echo "make clean   remove builds and caches (the environment $(VENV) stays)"
+	@echo "Settings: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV)"
+
+# Each step of the set-up leaves a stamp when it is complete; an interrupted step runs again.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dsno_kernels needs Python >= 3.10, but $(PYTHON) is " \
+		+ sys.version.split()[0] + "; run: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch comes first and alone, so that no other package chooses its version.
+$(VENV)/.torch: $(VENV)/.created
+	$(PIP) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.packages: $(VENV)/.torch requirements/constraints.txt
+	$(PIP) triton setuptools pybind11 ninja
+	$(PIP) cupy-cuda13x nvidia-cuda-nvrtc || echo "CuPy is not available here: the tests that need NVRTC will be skipped"
+	@touch $@
+
+$(VENV)/.extension: $(VENV)/.packages pyproject.toml setup.py $(SOURCES)
+	$(PIP) --no-build-isolation --editable ".[demo,test,bench,dev]"
+	@touch $@
+
+setup: $(VENV)/.extension
+
+demo: setup
+	$(PY) -m dsno_kernels demo
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
+
+test: lint
+	$(PY) -m pytest
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+bench: setup
+	mkdir -p $(RESULTS)
+	$(PY) -m pytest benchmarks --benchmark-only
+	$(PY) benchmarks/report.py
+
+fuzz: setup
+	DSNO_KERNELS_FUZZ=10000 $(PY) -m pytest tests/test_properties.py
+
+# The interpreter behind PY is taken as it is: it has torch with CUDA, and this package installed.
+gpu:
+	mkdir -p $(RESULTS)
+	$(PY) -m dsno_kernels info 2>&1 | tee $(RESULTS)/gpu-info.log
+	bash -o pipefail -c '$(PY) -m pytest -m gpu 2>&1 | tee $(RESULTS)/gpu-test.log'
+	bash -o pipefail -c '$(PY) -m pytest benchmarks --benchmark-only 2>&1 | tee $(RESULTS)/gpu-bench.log'
+	$(PY) benchmarks/report.py
+
+clean:
+	rm -rf build dist *.egg-info dsno_kernels/_C.*.so $(VENV)/.extension
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

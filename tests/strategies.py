@@ -82,19 +82,21 @@ def cases(draw: st.DrawFn, max_elements: int = 4096) -> Case:
     )
 
 
-def tensor(shape: tuple[int, ...], dtype: torch.dtype, memory: str, order: tuple[int, ...]) -> Tensor:
+def tensor(
+    shape: tuple[int, ...], dtype: torch.dtype, memory: str, order: tuple[int, ...], device: str = "cpu"
+) -> Tensor:
     """Normal values of one shape, laid out in memory as asked."""
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=torch.float64).to(device, dtype)
+
     if memory == "permuted":
         inverse = sorted(range(len(order)), key=order.__getitem__)
-        return torch.randn([shape[axis] for axis in order], dtype=torch.float64).to(dtype).permute(inverse)
+        return randn(*(shape[axis] for axis in order)).permute(inverse)
     if memory == "sliced":
-        whole = torch.randn([2 * size + 1 for size in shape], dtype=torch.float64).to(dtype)
-        return whole[tuple(slice(1, None, 2) for _ in shape)]
+        return randn(*(2 * size + 1 for size in shape))[tuple(slice(1, None, 2) for _ in shape)]
     if memory == "offset":
-        return torch.randn(math.prod(shape) + 3, dtype=torch.float64).to(dtype)[3:].view(shape)
+        return randn(math.prod(shape) + 3)[3:].view(shape)
     if memory == "expanded":
-        axis = order[0]
-        one = list(shape)
-        one[axis] = 1
-        return torch.randn(one, dtype=torch.float64).to(dtype).expand(shape)
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
+        return randn(*(1 if axis == order[0] else size for axis, size in enumerate(shape))).expand(shape)
+    return randn(*shape)

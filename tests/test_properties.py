@@ -20,7 +20,6 @@ from tests.helpers import BUDGETS, IO_BUDGET, assert_close
 from tests.strategies import BACKENDS, Case, cases, tensor
 
 EXAMPLES = int(os.environ.get("DSNO_KERNELS_FUZZ", "300"))
-REQUIRED = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 # A result of few elements is not an average: its error may be some of the largest instead of the root mean square.
 FEW = 4.0
 
@@ -41,13 +40,15 @@ def test_spectral_conv_and_its_gradients_follow_the_formula(backend: str, case: 
     check(backend, case)
 
 
-def check(backend: str, case: Case) -> None:
+def check(backend: str, case: Case, device: str = "cpu") -> None:
     torch.manual_seed(case.seed)
     axes = (case.time_dim, case.channel_dim)
-    x = tensor(case.shape, case.dtype, case.memory, case.order).requires_grad_()
-    weight = torch.randn(case.shape[case.channel_dim], case.out_channels, case.modes, 2).requires_grad_()
-    bias = torch.randn(case.out_channels).requires_grad_() if case.bias else None
-    residual = tensor(case.out_shape, case.dtype, case.memory, case.order).requires_grad_() if case.residual else None
+    x = tensor(case.shape, case.dtype, case.memory, case.order, device).requires_grad_()
+    weight = torch.randn(case.shape[case.channel_dim], case.out_channels, case.modes, 2, device=device).requires_grad_()
+    bias = torch.randn(case.out_channels, device=device).requires_grad_() if case.bias else None
+    residual = None
+    if case.residual:
+        residual = tensor(case.out_shape, case.dtype, case.memory, case.order, device).requires_grad_()
     slope = 0.2 if case.activation else None
     leaves = [leaf for leaf in (x, weight, bias, residual) if leaf is not None]
 
@@ -56,7 +57,7 @@ def check(backend: str, case: Case) -> None:
         activation="leaky_relu" if case.activation else None, negative_slope=0.2, precision=case.precision,
         backend=backend,
     )  # fmt: skip
-    g = tensor(case.out_shape, y.dtype, case.memory, case.order)
+    g = tensor(case.out_shape, y.dtype, case.memory, case.order, device)
     grads = torch.autograd.grad(y, leaves, g)
 
     h = oracle.spectral_conv(x, weight, *axes, n=case.n)
@@ -97,5 +98,5 @@ def positive_bits(backend: str, case: Case, x: Tensor, weight: Tensor, bias: Ten
             x, weight, case.time_dim, case.channel_dim, case.n, False, bias, None, 0.2, torch.float32, True, None,
             case.precision, backend,
         )  # fmt: skip
-    ones = torch.ones(case.out_shape)
+    ones = torch.ones(case.out_shape, device=x.device)
     return reference.apply_positive(ones, packed, 0.0, case.time_dim, case.channel_dim).bool()

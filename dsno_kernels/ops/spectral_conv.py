@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsno_kernels import _layout, precision as precisions
+# The two ops are each other's derivatives, so each file needs the other's module (at call time only).
+import dsno_kernels.ops.spectral_conv_weight_grad as weight_grad
+from dsno_kernels import _layout
+from dsno_kernels import precision as precisions
 from dsno_kernels.backends import Request, reference, select
 from dsno_kernels.ops import define
 
@@ -158,10 +161,8 @@ class SpectralConvFunction(torch.autograd.Function):
                 backend=ctx.backend,
             )  # fmt: skip
         if ctx.needs_input_grad[1]:
-            from dsno_kernels.ops.spectral_conv_weight_grad import differentiable_weight_grad
-
             first, second = (g, x) if ctx.adjoint else (x, g)
-            grad_weight = differentiable_weight_grad(
+            grad_weight = weight_grad.differentiable_weight_grad(
                 first, second, weight.shape[2], time_dim=time_dim, channel_dim=channel_dim, grad_positive=positive,
                 negative_slope=slope, precision=ctx.precision, backend=ctx.backend,
             ).to(weight.dtype)  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import dsno_kernels.ops.spectral_conv as conv
 from dsno_kernels import precision as precisions
 from dsno_kernels.backends import Request, reference, select
 from dsno_kernels.ops import define
@@ -79,17 +80,15 @@ class SpectralConvWeightGradFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        from dsno_kernels.ops.spectral_conv import differentiable_spectral_conv
-
         x, g = ctx.saved_tensors
         time_dim = ctx.options["time_dim"]
         grad_x = grad_g = None
         if ctx.needs_input_grad[0]:
-            grad_x = differentiable_spectral_conv(
+            grad_x = conv.differentiable_spectral_conv(
                 g, cotangent, n=x.shape[time_dim], adjoint=True, out_dtype=x.dtype, **ctx.options
             )
         if ctx.needs_input_grad[1]:
-            grad_g = differentiable_spectral_conv(
+            grad_g = conv.differentiable_spectral_conv(
                 x, cotangent, n=g.shape[time_dim], out_dtype=g.dtype, **ctx.options
             )
         return grad_x, grad_g, None, None, None, None, None

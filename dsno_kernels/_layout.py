@@ -90,14 +90,14 @@ def canonical(x: Tensor, time_dim: int, channel_dim: int) -> tuple[Tensor, Axes]
     return x, axes
 
 
-def output_strides(
+def find_output_layout(
     shape: Sequence[int], strides: Sequence[int], time_dim: int, channel_dim: int, n: int, channels: int
-) -> tuple[list[int], list[int]]:
-    """Shape and strides of an output with `n` times and `channels` channels, dense in the memory order of `shape, strides`.
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of an output with `n` times and `channels` channels: dense, in the memory order of the input.
 
     The order of the four canonical axes in memory is that of the input (so contiguous stays contiguous and
     channels-last stays channels-last); an input that has no canonical axes gives the order of its dimensions.
-    """  # noqa: E501
+    """
     batch_group, pixel_group = axis_groups(len(shape), time_dim, channel_dim)
     groups = [batch_group, (time_dim,), (channel_dim,), pixel_group]
     order = sorted((0, 1, 2, 3), key=lambda g: groups[g][0] if groups[g] else -1)
@@ -115,21 +115,28 @@ def output_strides(
         for axis in reversed(groups[g]):
             out_strides[axis] = step
             step = step * max(out_shape[axis], 1)
-    return out_shape, out_strides
+    return tuple(out_shape), tuple(out_strides)
 
 
-_cached_output_strides = functools.lru_cache(maxsize=4096)(output_strides)
+_cached_output_layout = functools.lru_cache(maxsize=4096)(find_output_layout)
+
+
+def output_layout(
+    x: Tensor, time_dim: int, channel_dim: int, n: int, channels: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`find_output_layout` for the input `x`."""
+    return _cached_output_layout(x.shape, x.stride(), time_dim, channel_dim, n, channels)
 
 
 def empty(x: Tensor, time_dim: int, channel_dim: int, n: int, channels: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised output for the input `x`, in the memory order of `x`."""
-    shape, strides = _cached_output_strides(x.shape, x.stride(), time_dim, channel_dim, n, channels)
+    shape, strides = output_layout(x, time_dim, channel_dim, n, channels)
     return torch.empty_strided(shape, strides, dtype=dtype, device=x.device)
 
 
 def fake_empty(x: Tensor, time_dim: int, channel_dim: int, n: int, channels: int, dtype: torch.dtype) -> Tensor:
     """`empty` for fake tensors, whose sizes may be symbols (which no cache can hold)."""
-    shape, strides = output_strides(x.shape, x.stride(), time_dim, channel_dim, n, channels)
+    shape, strides = find_output_layout(x.shape, x.stride(), time_dim, channel_dim, n, channels)
     return x.new_empty_strided(shape, strides, dtype=dtype)
 
 

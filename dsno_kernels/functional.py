@@ -117,7 +117,9 @@ def spectral_conv(
     name = _backend(backend)
     if _under_transform(*tensors.values()):
         return _reference_under_transform(reference.spectral_conv, name, x, weight, **options)[0]
-    return _conv.differentiable_spectral_conv(x, weight.to(compute), backend=name, **options)
+    if weight.dtype != compute:
+        weight = weight.to(compute)
+    return _conv.differentiable_spectral_conv(x, weight, backend=name, **options)
 
 
 def spectral_conv_weight_grad(

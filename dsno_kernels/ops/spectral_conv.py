@@ -41,9 +41,10 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     channels = weight.shape[0 if adjoint else 1]
-    out = _layout.empty(x, time_dim, channel_dim, n, channels, out_dtype)
-    if out.numel() == 0:
-        return out, _empty_positive(out, time_dim, channel_dim, save_positive)
+    shape, strides = _layout.output_layout(x, time_dim, channel_dim, n, channels)
+    if 0 in shape:
+        y = x.new_empty_strided(shape, strides, dtype=out_dtype)
+        return y, _empty_positive(y, time_dim, channel_dim, save_positive)
     dtype = torch.promote_types(x.dtype, weight.dtype) if weight.dtype == torch.float64 else x.dtype
     precision = precisions.resolve(precision, x.device.type)
     request = Request("spectral_conv", x.device, dtype, precision)
@@ -62,9 +63,9 @@ def _run(
         x_positive=x_positive,
         precision=precision,
     )
-    if y.stride() != out.stride():
-        y = out.copy_(y)
-    return y, positive if positive is not None else _empty_positive(out, time_dim, channel_dim, False)
+    if y.stride() != strides:
+        y = y.new_empty_strided(shape, strides).copy_(y)
+    return y, positive if positive is not None else _empty_positive(y, time_dim, channel_dim, False)
 
 
 def _empty_positive(out: Tensor, time_dim: int, channel_dim: int, save: bool) -> Tensor:

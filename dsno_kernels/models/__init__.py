@@ -1,0 +1,6 @@
+"""The reference DSNO: the network of the paper on this library's temporal layer."""
+
+from dsno_kernels.models.config import DSNOConfig
+from dsno_kernels.models.dsno import DSNO, logsnr_schedule
+
+__all__ = ["DSNO", "DSNOConfig", "logsnr_schedule"]

@@ -140,6 +140,6 @@ def fake_empty(x: Tensor, time_dim: int, channel_dim: int, n: int, channels: int
     return x.new_empty_strided(shape, strides, dtype=dtype)
 
 
-def positive_shape(B: int, n: int, O: int, P: int) -> tuple[int, int, int, int]:  # noqa: E741
+def positive_shape(B: int, n: int, O: int, P: int) -> tuple[int, int, int, int]:
     """Shape of the sign bits of the pre-activation: one bit a pixel, a row of bytes for each (b, t, o)."""
     return B, n, O, (P + 7) // 8

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsno_kernels import backends, precision as precisions
+from dsno_kernels import backends
+from dsno_kernels import precision as precisions
 from dsno_kernels._modes import max_modes
 from dsno_kernels.backends import reference
 from dsno_kernels.ops import spectral_conv as _conv
@@ -179,10 +180,7 @@ def spectral_conv_weight_grad(
     }
     name = _backend(backend)
     if _under_transform(x, grad_output):
-        grad: Tensor = _reference_under_transform(
-            reference.spectral_conv_weight_grad, name, x, grad_output, modes, **options
-        )
-        return grad
+        return _reference_under_transform(reference.spectral_conv_weight_grad, name, x, grad_output, modes, **options)
     return _weight_grad.differentiable_weight_grad(x, grad_output, modes, backend=name, **options)
 
 
@@ -212,7 +210,7 @@ def truncated_rfft(x: Tensor, modes: int, dim: int = -1, *, backend: str | None 
     _check_modes(modes, x.shape[dim], x.shape[dim])
     name = _backend(backend)
     if _under_transform(x):
-        spectrum: Tensor = _reference_under_transform(reference.truncated_rfft, name, x, modes, dim=dim)
+        spectrum = _reference_under_transform(reference.truncated_rfft, name, x, modes, dim=dim)
     else:
         spectrum = _fft.differentiable_rfft(x, modes, dim, name)
     return torch.view_as_complex(spectrum)
@@ -250,8 +248,7 @@ def truncated_irfft(spectrum: Tensor, n: int, dim: int = -1, *, backend: str | N
     name = _backend(backend)
     pairs = torch.view_as_real(spectrum.resolve_conj())
     if _under_transform(spectrum):
-        x: Tensor = _reference_under_transform(reference.truncated_irfft, name, pairs, n, dim=dim)
-        return x
+        return _reference_under_transform(reference.truncated_irfft, name, pairs, n, dim=dim)
     return _fft.differentiable_irfft(pairs, n, dim, name)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import dsno_kernels as dk
 from tests import oracle
@@ -119,7 +118,7 @@ def test_torch_func_grad_vjp_jvp_vmap_jacobians() -> None:
 
 def test_a_forced_kernel_under_torch_func_is_refused() -> None:
     x, weight = torch.randn(2, 4, 2, 5), torch.randn(2, 3, 2, 2)
-    with pytest.raises(NotImplementedError, match="does not run under torch.func"):
+    with pytest.raises(NotImplementedError, match=r"does not run under torch\.func"):
         torch.func.jvp(lambda x: dk.spectral_conv(x, weight, backend="cpu"), (x,), (x,))
 
 

@@ -114,8 +114,6 @@ def test_autocast_changes_nothing(backend: str) -> None:
 
 
 def test_precision_follows_pytorchs_setting() -> None:
-    from dsno_kernels import precision
-
     x, weight = torch.randn(2, 4, 6, 5), torch.randn(6, 6, 2, 2)
     lines = {}
     for setting in ("highest", "high", "medium"):

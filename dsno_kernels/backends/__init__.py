@@ -79,8 +79,7 @@ def unsupported(name: str, request: Request) -> str | None:
         module = _module(name)
     except ImportError as error:
         return f"it cannot be imported ({error})"
-    reason: str | None = module.unsupported(request)
-    return reason
+    return module.unsupported(request)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -14,10 +14,9 @@ library = torch.library.Library("dsno_kernels", "DEF")
 
 
 def define(schema: str, implementation: object, fake: object) -> torch._ops.OpOverload:
-    """Register one op: the same implementation for every device, since choosing a backend is `backends.select`'s work."""
+    """Register one op, the same implementation for every device: choosing a backend is `backends.select`'s work."""
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(")[0]
     library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dsno_kernels::{name}", fake, lib=library)  # type: ignore[arg-type]
-    op: torch._ops.OpOverload = getattr(torch.ops.dsno_kernels, name).default
-    return op
+    return getattr(torch.ops.dsno_kernels, name).default

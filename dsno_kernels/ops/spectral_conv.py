@@ -195,10 +195,9 @@ def differentiable_spectral_conv(
     if torch.is_grad_enabled() and x_positive is None:
         if residual is x and torch.compiler.is_compiling():
             residual = x.view_as(x)  # Dynamo refuses an autograd.Function that gets one tensor twice
-        y: Tensor = SpectralConvFunction.apply(
+        return SpectralConvFunction.apply(
             x, weight, bias, residual, time_dim, channel_dim, n, adjoint, negative_slope, out_dtype, precision, backend
         )
-        return y
     return op(
         x, weight, time_dim, channel_dim, n, adjoint, bias, residual, negative_slope, out_dtype, False, x_positive,
         precision, backend,

@@ -75,7 +75,12 @@ class SpectralConvWeightGradFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, g: Tensor, modes: int, time_dim: int, channel_dim: int, precision: str, backend: str
     ) -> Tensor:
         ctx.save_for_backward(x, g)
-        ctx.options = dict(time_dim=time_dim, channel_dim=channel_dim, precision=precision, backend=backend)
+        ctx.options = {
+            "time_dim": time_dim,
+            "channel_dim": channel_dim,
+            "precision": precision,
+            "backend": backend,
+        }
         return op(x, g, modes, time_dim, channel_dim, None, None, precision, backend)
 
     @staticmethod
@@ -108,8 +113,5 @@ def differentiable_weight_grad(
 ) -> Tensor:
     """The op with autograd. `grad_positive` (the backward of LeakyReLU, fused) is for calls that record no graph."""
     if torch.is_grad_enabled() and grad_positive is None:
-        grad: Tensor = SpectralConvWeightGradFunction.apply(
-            x, grad_output, modes, time_dim, channel_dim, precision, backend
-        )
-        return grad
+        return SpectralConvWeightGradFunction.apply(x, grad_output, modes, time_dim, channel_dim, precision, backend)
     return op(x, grad_output, modes, time_dim, channel_dim, grad_positive, negative_slope, precision, backend)

@@ -89,10 +89,8 @@ class TruncatedIrfftFunction(torch.autograd.Function):
 
 
 def differentiable_rfft(x: Tensor, modes: int, dim: int, backend: str) -> Tensor:
-    spectrum: Tensor = TruncatedRfftFunction.apply(x, modes, dim, backend)
-    return spectrum
+    return TruncatedRfftFunction.apply(x, modes, dim, backend)
 
 
 def differentiable_irfft(spectrum: Tensor, n: int, dim: int, backend: str) -> Tensor:
-    x: Tensor = TruncatedIrfftFunction.apply(spectrum, n, dim, backend)
-    return x
+    return TruncatedIrfftFunction.apply(spectrum, n, dim, backend)

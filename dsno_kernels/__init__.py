@@ -1,5 +1,6 @@
 """Fused kernels for the Fourier temporal convolution of DSNO, behind ordinary PyTorch functions and modules."""
 
+from dsno_kernels import models, nn
 from dsno_kernels.backends import use_backend
 from dsno_kernels.functional import (
     explain,
@@ -8,13 +9,19 @@ from dsno_kernels.functional import (
     truncated_irfft,
     truncated_rfft,
 )
+from dsno_kernels.swap import restore_layers, swap_layers, swapped
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "explain",
+    "models",
+    "nn",
+    "restore_layers",
     "spectral_conv",
     "spectral_conv_weight_grad",
+    "swap_layers",
+    "swapped",
     "truncated_irfft",
     "truncated_rfft",
     "use_backend",

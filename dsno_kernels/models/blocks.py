@@ -110,8 +110,10 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.NINs(self.GroupNorm_0(images(x)))
         # Channels are ordered (head, one of q k v, channel of the head); attention wants rows of channels.
-        h = h.unflatten(1, (self.num_heads, 3, -1)).flatten(-2).transpose(-1, -2).contiguous()
-        h = F.scaled_dot_product_attention(*h.unbind(2))  # [B*T, heads, P, channels of the head]
+        N, C, H, W = h.shape
+        h = h.reshape(N, self.num_heads, 3, C // (3 * self.num_heads), H * W).transpose(-1, -2).contiguous()
+        q, k, v = h.unbind(2)  # each [B*T, heads, P, channels of the head]
+        h = F.scaled_dot_product_attention(q, k, v)
         h = self.NIN_3(h.transpose(-1, -2).reshape(-1, *x.shape[2:]))
         return x + h.view(x.shape)
 

@@ -1,0 +1,244 @@
+"""Swapping this library's kernels into a model that exists, and back.
+
+A layer is recognized by structure, never by import: the words of its class name, its exact parameters and attributes,
+and a trial, in which its own forward and ours must agree on a small input. What is swapped is the `forward` of that one
+instance. Parameters, state dict, hooks, optimizers and `isinstance` stay as they are, and restoring deletes what was
+added. Known layers:
+
+    DSNO             `SpectralConv1d` (weights1 in real pairs), `TimeConv` (which becomes one fused call)
+    FNO              `SpectralConv1d` (weights1 complex or in real pairs), x (B, I, L)
+    neuraloperator   `SpectralConv` in one dimension with a plain dense weight, x (B, I, L)
+
+A call that our kernels do not serve (more modes than the input has, float64 weights, tensor subclasses, ..) goes to the
+original forward, so a swapped layer fails only where the original does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsno_kernels import _swap_kernels as kernels
+from dsno_kernels import nn as layers
+from dsno_kernels import precision as precisions
+from dsno_kernels.backends import use_backend
+
+logger = logging.getLogger(__name__)
+
+_FORWARD = "forward"
+_REPLICATE = "_replicate_for_data_parallel"
+
+# The trial tells formulas apart: a wrong axis, scale or conjugate is an error of about 1, tf32 products of 1e-3.
+_TRIAL_TOLERANCE = 1e-2
+
+
+class SwappedForward:
+    """Stands as `forward` in the `__dict__` of one module: calls our kernel, or the class's forward where it declines.
+
+    It follows its module through `copy.deepcopy`, pickle and `nn.DataParallel`, whose copies would otherwise call the
+    forward, and so the weights, of the first one. The module is held weakly: a cycle would keep a deleted model's
+    memory until the garbage collector runs.
+    """
+
+    def __init__(self, module: nn.Module, kernel: kernels.Kernel, precision: str | None) -> None:
+        self._module = weakref.ref(module)
+        self.kernel = kernel
+        self.precision = precision
+
+    @property
+    def module(self) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the module of this forward no longer exists")
+        return module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        y = self.kernel(module, self.precision, *args, **kwargs)
+        return type(module).forward(module, *args, **kwargs) if y is None else y
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SwappedForward:
+        return SwappedForward(copy.deepcopy(self.module, memo), self.kernel, self.precision)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "kernel": self.kernel, "precision": self.precision}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def replicate(self) -> nn.Module:
+        """A copy of the module for another device, in the place of the module's own method for `nn.DataParallel`."""
+        module = self.module
+        replica: nn.Module = type(module)._replicate_for_data_parallel(module)
+        _bind(replica, self.kernel, self.precision)
+        return replica
+
+
+def swap_layers(model: nn.Module, *, precision: str | None = None) -> int:
+    """Run the spectral convolutions of a model on this library's kernels, in place.
+
+    Layers that look like one of the known ones but compute something else are left alone; the logger
+    ``dsno_kernels.swap`` says why, at level INFO. Swapping twice changes nothing.
+
+    Args:
+        model: any module; wrappers such as DDP or DataParallel may be around it or come later.
+        precision: of the channel mixing, as in :func:`dsno_kernels.spectral_conv`; None follows PyTorch's float32
+            matmul setting, as the original layers do.
+
+    Returns:
+        The number of layers swapped by this call. A `TimeConv` counts once, with the convolution in it; a module that
+        occurs several times counts once.
+
+    Raises:
+        TypeError: model is not a module. ValueError: an unknown precision.
+
+    Example:
+        >>> dk.swap_layers(model)                      # the published CIFAR-10 network
+        22
+    """
+    return len(_outermost(_swap(model, precision)))
+
+
+def restore_layers(model: nn.Module) -> int:
+    """Undo :func:`swap_layers`, exactly: every swapped layer has its own forward again.
+
+    Returns:
+        The number of layers restored, counted as :func:`swap_layers` counts them.
+
+    Raises:
+        TypeError: model is not a module.
+
+    Example:
+        >>> dk.restore_layers(model)
+        22
+    """
+    return _restore([module for _, module in _named_modules(model)])
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, *, precision: str | None = None) -> Iterator[int]:
+    """:func:`swap_layers` for the length of a ``with`` block; layers that were swapped before it stay so after it.
+
+    Yields:
+        The number of layers swapped.
+
+    Example:
+        >>> with dk.swapped(model):
+        ...     y = model(x, logsnr)
+    """
+    modules = _swap(model, precision)
+    try:
+        yield len(_outermost(modules))
+    finally:
+        _restore(modules)
+
+
+def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return list(model.named_modules())
+
+
+def _bind(module: nn.Module, kernel: kernels.Kernel, precision: str | None) -> None:
+    forward = SwappedForward(module, kernel, precision)
+    module.__dict__[_FORWARD] = forward
+    module.__dict__[_REPLICATE] = forward.replicate
+
+
+def _restore(modules: list[nn.Module]) -> int:
+    modules = [module for module in modules if kernels.is_swapped(module)]
+    count = len(_outermost(modules))
+    for module in modules:
+        del module.__dict__[_FORWARD], module.__dict__[_REPLICATE]
+    return count
+
+
+def _outermost(modules: list[nn.Module]) -> list[nn.Module]:
+    """These swapped modules without the convolutions that belong to a fused `TimeConv` among them."""
+    inner = {id(module.t_conv) for module in modules if kernels.is_swapped(module, kernels.dsno_time_conv)}
+    return [module for module in modules if id(module) not in inner]
+
+
+def _swap(model: nn.Module, precision: str | None) -> list[nn.Module]:
+    precisions.choose(precision, torch.float32)
+    new = []
+    for name, module in reversed(_named_modules(model)):  # children first: a `TimeConv` needs its convolution swapped
+        if isinstance(module, (layers.SpectralConv1d, layers.TimeConv)) or kernels.is_swapped(module):
+            continue
+        candidates = _candidates(module)
+        if not candidates:
+            continue
+        reasons = []
+        unsuited = _unsuited(module)
+        for kernel, shape in candidates.items():
+            reason = unsuited or _trial(module, kernel, shape)
+            if reason is None:
+                _bind(module, kernel, precision)
+                new.append(module)
+                break
+            reasons.append(reason)
+        else:
+            logger.info("%s at %r is left alone: %s", type(module).__name__, name, reasons[0])
+    return new
+
+
+def _candidates(module: nn.Module) -> dict[kernels.Kernel, tuple[int, ...]]:
+    """The kernels that a module may stand for, by its class name, attributes and weights, each with a trial shape."""
+    name = type(module).__name__
+    conv: Any = getattr(module, "t_conv", None)
+    if "TimeConv" in name and isinstance(conv, nn.Module) and kernels.is_swapped(conv, kernels.dsno_spectral_conv):
+        return {kernels.dsno_time_conv: (1, 2 * conv.modes1 + 1, conv.weights1.shape[0], 1, 2)}
+    if "SpectralConv" not in name:
+        return {}
+    weight = getattr(module, "weights1", None)
+    if isinstance(weight, Tensor) and weight.ndim >= 3 and hasattr(module, "modes1"):
+        I, _, K = weight.shape[:3]
+        found: dict[kernels.Kernel, tuple[int, ...]] = {kernels.fno_spectral_conv: (1, I, 2 * K + 1)}
+        if not weight.is_complex():
+            found[kernels.dsno_spectral_conv] = (1, 2 * K + 1, I, 1, 2)
+        return found
+    modes = getattr(module, "n_modes", None)
+    if isinstance(modes, (list, tuple)) and hasattr(module, "weight"):
+        return {kernels.neuralop_spectral_conv: (1, getattr(module, "in_channels", 1), 2 * modes[0] + 1)}
+    return {}
+
+
+def _unsuited(module: nn.Module) -> str | None:
+    """Why a candidate must not even be tried; None where it may be."""
+    if _FORWARD in module.__dict__:
+        return "something else has already replaced the forward of this instance"
+    known = {"weights1", "weight", "bias", "t_conv", "act"}
+    parts = {**module._parameters, **module._buffers, **module._modules}
+    extra = sorted(name for name, part in parts.items() if part is not None and name not in known)
+    if extra:
+        return f"it has parts that the known layers lack: {', '.join(extra)}"
+    if any(kernels.has_hooks(part) for part in module.children()):
+        return "a part of it has hooks, which a fused call would pass over"
+    return kernels.neuralop_unsupported(module) if hasattr(module, "n_modes") else None
+
+
+def _trial(module: nn.Module, kernel: kernels.Kernel, shape: tuple[int, ...]) -> str | None:
+    """Run the module's own forward and a kernel on one small input: None where they agree, else what went wrong."""
+    parameter = next(module.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
+    try:
+        with torch.no_grad(), use_backend("reference"):
+            expected = type(module).forward(module, x)
+            actual = kernel(module, "fp32", x)
+    except Exception as error:
+        return f"it does not take an input of shape {shape} ({type(error).__name__}: {error})"
+    if actual is None:
+        return "our kernels do not serve its configuration"
+    if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (actual.shape, actual.dtype):
+        return "its forward returns something else"
+    if device.type == "meta" or (expected - actual).norm() <= _TRIAL_TOLERANCE * expected.norm():
+        return None
+    return "its forward computes something else"

@@ -284,7 +284,9 @@ class BuildPython(build_py):
 if sys.platform.startswith("linux"):
     extensions = [Extension("dsno_kernels._C", sources=[])]
 else:
-    print(f"dsno_kernels: the compiled kernels are for Linux; on {sys.platform} only the PyTorch reference is installed")
+    print(
+        f"dsno_kernels: the compiled kernels are for Linux; {sys.platform} gets the PyTorch reference"
+    )
     extensions = []
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension, "build_py": BuildPython})

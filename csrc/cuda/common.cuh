@@ -1,0 +1,73 @@
+// What every kernel file needs. Compiled by nvcc, by NVRTC (which has no host headers) and, for the
+// tests, by a C++20 compiler behind tests/cuda_shim/cuda_shim.h.
+#pragma once
+
+namespace dsno {
+
+using i64 = long long;
+
+constexpr int kThreads = 128;
+
+// 16-bit floats are carried as bits: no header of the CUDA toolkit is needed at run time.
+struct Half {
+    unsigned short bits;
+};
+struct BFloat16 {
+    unsigned short bits;
+};
+
+// N values that move together: one instruction for each 16 bytes.
+template <typename T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
+    T v[N];
+};
+
+// The type of the arithmetic.
+template <typename T>
+struct AccumulatorOf {
+    using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+    using type = double;
+};
+template <typename T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(BFloat16 x) {
+    return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+}
+__device__ inline float widen(Half x) {
+    float result = 0;
+#if defined(__CUDA_ARCH__)
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+#elif defined(DSNO_CUDA_SHIM)
+    result = half_bits_to_float(x.bits);
+#endif
+    return result;
+}
+
+// Division of 64-bit numbers costs several times that of 32-bit ones, which most tensors allow.
+__device__ inline i64 divide(i64 a, i64 b) {
+    if (((a | b) >> 32) == 0) return static_cast<unsigned>(a) / static_cast<unsigned>(b);
+    return a / b;
+}
+
+template <int N, typename T>
+__device__ inline void load(const T* from, Accumulator<T>* to) {
+    const Vector<T, N> packed = *reinterpret_cast<const Vector<T, N>*>(from);
+#pragma unroll
+    for (int j = 0; j < N; ++j) to[j] = widen(packed.v[j]);
+}
+
+template <int N, typename A>
+__device__ inline void store(A* to, const A* from) {
+    Vector<A, N> packed;
+#pragma unroll
+    for (int j = 0; j < N; ++j) packed.v[j] = from[j];
+    *reinterpret_cast<Vector<A, N>*>(to) = packed;
+}
+
+}  // namespace dsno

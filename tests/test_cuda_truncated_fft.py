@@ -1,0 +1,184 @@
+"""The CUDA C++ transforms: the same device code and the same plans as on a GPU, executed on the CPU under sanitizers."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsno_kernels.backends import cuda, reference
+from tests.helpers import FLOAT64, assert_close
+
+ROOT = Path(__file__).parents[1]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# float32 sums of at most 512 folded terms: 0.25 * 2^-24 * sqrt(512) = 3e-7, and 3e-8 for the rounding of the table.
+FLOAT32 = 6e-7
+BUDGETS = {torch.float64: FLOAT64, torch.float32: FLOAT32, torch.float16: FLOAT32, torch.bfloat16: FLOAT32}
+
+Views = dict[str, Callable[[tuple[int, ...]], Tensor]]
+
+
+def sliced(shape: tuple[int, ...]) -> Tensor:
+    """A view with a storage offset and a gap behind each row: nothing is aligned to 16 bytes."""
+    return torch.randn(*shape[:-1], shape[-1] + 3, dtype=torch.float64)[..., 1:-2]
+
+
+def reversed_axes(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape[::-1], dtype=torch.float64).permute(*reversed(range(len(shape))))
+
+
+def channels_last(shape: tuple[int, ...]) -> Tensor:
+    """Memory order (B, H, W, T, C) for a (B, T, C, H, W) tensor."""
+    b, t, c, h, w = shape
+    return torch.randn(b, h, w, t, c, dtype=torch.float64).permute(0, 3, 4, 1, 2)
+
+
+def expanded(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(1, *shape[1:], dtype=torch.float64).expand(shape)
+
+
+VIEWS: Views = {
+    "dense": lambda shape: torch.randn(shape, dtype=torch.float64),
+    "sliced": sliced,
+    "reversed": reversed_axes,
+    "channels_last": channels_last,
+    "expanded": expanded,
+}
+
+# shape of x, axis, modes, view
+RFFT_CASES = [
+    pytest.param((2, 5, 7, 5), 1, 3, "dense", id="T5-K3-pixels35"),
+    pytest.param((2, 4, 3, 7, 5), 1, 3, "dense", id="T4-K3-nyquist"),
+    pytest.param((2, 4, 8, 4, 4), 1, 2, "dense", id="T4-K2-vectors"),
+    pytest.param((2, 4, 6, 2, 2), 1, 2, "dense", id="T4-K2-vectors-of-4"),
+    pytest.param((3, 16, 4, 3, 3), 1, 9, "channels_last", id="T16-K9-channels_last"),
+    pytest.param((3, 8, 6), 1, 5, "sliced", id="T8-K5-sliced"),
+    pytest.param((4, 7, 6), 1, 4, "expanded", id="T7-K4-stride0"),
+    pytest.param((6, 7, 5), 1, 4, "reversed", id="T7-K4-reversed"),
+    pytest.param((1,), 0, 1, "dense", id="T1"),
+    pytest.param((2, 3), 1, 2, "dense", id="T3-last"),
+    pytest.param((4, 2), 1, 2, "dense", id="T2-K2"),
+    pytest.param((300, 4), 1, 3, "dense", id="T4-last-300rows"),
+    pytest.param((9, 65), 1, 33, "dense", id="T65-rows"),
+    pytest.param((3, 5, 64), 2, 33, "sliced", id="T64-rows-sliced"),
+    pytest.param((70, 8), 0, 12, "dense", id="T70-first"),
+    pytest.param((70, 8), 0, 12, "reversed", id="T70-first-contiguous"),
+    pytest.param((11, 600), 1, 130, "dense", id="T600-K130-rows"),
+    pytest.param((1100, 4), 0, 8, "dense", id="T1100-segments"),
+    pytest.param((2, 4096), 1, 16, "dense", id="T4096-rows"),
+]
+
+# shape of the spectrum without the pairs, axis, n, view
+IRFFT_CASES = [
+    pytest.param((2, 3, 7, 5), 1, 5, "dense", id="n5-K3-pixels35"),
+    pytest.param((2, 3, 3, 7, 5), 1, 4, "dense", id="n4-K3-nyquist"),
+    pytest.param((2, 2, 8, 4, 4), 1, 4, "dense", id="n4-K2-vectors"),
+    pytest.param((2, 5, 8, 4), 1, 16, "dense", id="n16-K5-vectors"),
+    pytest.param((3, 9, 4, 3, 3), 1, 16, "channels_last", id="n16-K9-channels_last"),
+    pytest.param((4, 4, 6), 1, 7, "expanded", id="n7-K4-stride0"),
+    pytest.param((6, 4, 5), 1, 7, "reversed", id="n7-K4-reversed"),
+    pytest.param((1,), 0, 1, "dense", id="n1"),
+    pytest.param((3, 1), 1, 2, "dense", id="n2-K1"),
+    pytest.param((300, 3), 1, 4, "dense", id="n4-last-300rows"),
+    pytest.param((9, 33), 1, 65, "dense", id="n65-rows"),
+    pytest.param((3, 5, 33), 2, 64, "sliced", id="n64-rows-sliced"),
+    pytest.param((12, 8), 0, 70, "dense", id="n70-first"),
+    pytest.param((11, 300), 1, 600, "dense", id="n600-K300-rows"),
+]
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels as a CPU program, built with AddressSanitizer and UBSan."""
+    if not shutil.which("g++"):
+        pytest.skip("g++ is not installed")
+    program = tmp_path_factory.mktemp("shim") / "run_truncated_fft"
+    source = ROOT / "tests" / "cuda_shim" / "run_truncated_fft.cpp"
+    flags = ["-std=c++20", "-O1", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread"]
+    includes = [f"-I{source.parent}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+    command = ["g++", *flags, *SANITIZE, *includes, str(source), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return program
+
+
+def memory_of(x: Tensor) -> bytes:
+    """The bytes from the first element of a view to its last."""
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return bytes(x.as_strided((reach,), (1,)).view(torch.uint8).numpy())
+
+
+def execute(shim: Path, x: Tensor, dim: int, count: int, inverse: bool, offset: int = 0) -> tuple[Tensor, str]:
+    """One transform of a CPU tensor by the device code; the result and the kernel that was planned."""
+    kind = cuda.TYPES[x.dtype]
+    plan = cuda.plan(x.shape, x.stride(), kind, dim, count, inverse, offset)
+    if plan is None:
+        x = x.contiguous()
+        plan = cuda.plan(x.shape, x.stride(), kind, dim, count, inverse, offset)
+        assert plan is not None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shape = list(x.shape) if inverse else [*x.shape, 2]
+    shape[dim] = count
+    output = torch.empty(shape[:-1] if inverse else shape, dtype=dtype)
+    table = cuda.twiddles(plan.numbers[0], plan.numbers[1], inverse).to(dtype)
+    name, data, rows = plan.kernel.encode(), memory_of(x), memory_of(table)
+    sizes = len(data), output.numel() * output.element_size(), len(rows)
+    cases, results = shim.parent / "cases", shim.parent / "results"
+    head = struct.pack("<7q", len(name), plan.grid, len(plan.numbers), offset, *sizes)
+    cases.write_bytes(head + name + struct.pack(f"<{len(plan.numbers)}q", *plan.numbers) + data + rows)
+    ran = subprocess.run([str(shim), str(cases), str(results)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = torch.frombuffer(bytearray(results.read_bytes()), dtype=dtype)
+    return found.reshape(output.shape), plan.kernel
+
+
+def spectrum_view(view: str, shape: tuple[int, ...]) -> Tensor:
+    """A spectrum as real pairs: pairs adjacent, except where the view itself separates them."""
+    return torch.stack((VIEWS[view](shape), VIEWS[view](shape)), -1) if view == "dense" else planar(view, shape)
+
+
+def planar(view: str, shape: tuple[int, ...]) -> Tensor:
+    """Real parts first, then imaginary parts, as a view with the pairs last."""
+    part = VIEWS[view](shape)
+    both = torch.randn(2, part.numel(), dtype=torch.float64)
+    dense_strides = torch.empty_like(part).stride()
+    strides = [0 if stride == 0 else dense for stride, dense in zip(part.stride(), dense_strides, strict=True)]
+    return both.as_strided((*shape, 2), (*strides, both.stride(0)))
+
+
+def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Another dtype with the same strides, gaps and offsets included."""
+    if dtype == x.dtype:
+        return x
+    storage = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=dtype)
+    result = storage.as_strided(x.shape, x.stride(), x.storage_offset())
+    return result.copy_(x) if 0 not in x.stride() else x[:1].to(dtype).expand(x.shape)
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dim", "modes", "view"), RFFT_CASES)
+def test_truncated_rfft(
+    shim: Path, shape: tuple[int, ...], dim: int, modes: int, view: str, dtype: torch.dtype
+) -> None:
+    x = convert(VIEWS[view](shape), dtype)
+    actual, _ = execute(shim, x, dim, modes, inverse=False, offset=x.storage_offset() * x.element_size() % 16)
+    expected = reference.truncated_rfft(x.double(), modes, dim=dim)
+    assert_close(actual, expected, BUDGETS[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dim", "n", "view"), IRFFT_CASES)
+def test_truncated_irfft(shim: Path, shape: tuple[int, ...], dim: int, n: int, view: str, dtype: torch.dtype) -> None:
+    spectrum = convert(spectrum_view(view, shape), dtype)
+    actual, _ = execute(shim, spectrum, dim, n, inverse=True)
+    expected = reference.truncated_irfft(spectrum.double(), n, dim=dim)
+    assert_close(actual, expected, BUDGETS[dtype])

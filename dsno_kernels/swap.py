@@ -192,8 +192,8 @@ def _swap(model: nn.Module, precision: str | None) -> list[nn.Module]:
 def _candidates(module: nn.Module) -> dict[kernels.Kernel, tuple[int, ...]]:
     """The kernels that a module may stand for, by its class name, attributes and weights, each with a trial shape."""
     name = type(module).__name__
-    conv: Any = getattr(module, "t_conv", None)
-    if "TimeConv" in name and isinstance(conv, nn.Module) and kernels.is_swapped(conv, kernels.dsno_spectral_conv):
+    conv: Any = module._modules.get("t_conv")
+    if "TimeConv" in name and conv is not None and kernels.is_swapped(conv, kernels.dsno_spectral_conv):
         return {kernels.dsno_time_conv: (1, 2 * conv.modes1 + 1, conv.weights1.shape[0], 1, 2)}
     if "SpectralConv" not in name:
         return {}

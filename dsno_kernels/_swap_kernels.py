@@ -1,8 +1,9 @@
 """What a swapped layer computes: for each known layer, its call on this library's kernels.
 
-Each function takes the module, a precision and the arguments of the layer's forward, and returns what that forward
-would; None where it cannot promise that, and the original forward runs. Everything that a user may change after the
-swap (weights, modes, hooks, dtypes) is looked at in each call.
+Each function takes the module, a precision and the arguments of the layer's forward, and returns
+what that forward would; None where it cannot promise that, and the original forward runs.
+Everything that a user may change after the swap (weights, modes, hooks, dtypes) is looked at in
+each call.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def _plain(*tensors: Any) -> bool:
     return all(t.device == tensors[0].device for t in tensors)
 
 
-def dsno_spectral_conv(module: Any, precision: str | None, *args: Any, **kwargs: Any) -> Tensor | None:
+def dsno_spectral_conv(
+    module: Any, precision: str | None, *args: Any, **kwargs: Any
+) -> Tensor | None:
     """DSNO's `SpectralConv1d`: x ``(B, T, I, H, W)`` of any dtype -> float32."""
     if len(args) != 1 or kwargs or not _serves_dsno(module, args[0]):
         return None
@@ -44,11 +47,13 @@ def dsno_spectral_conv(module: Any, precision: str | None, *args: Any, **kwargs:
 
 
 def dsno_time_conv(module: Any, precision: str | None, *args: Any, **kwargs: Any) -> Tensor | None:
-    """DSNO's `TimeConv`, ``x + act(t_conv(x))`` in one call, as long as nothing listens in between."""
+    """DSNO's `TimeConv`, ``x + act(t_conv(x))`` in one call, while nothing listens in between."""
     if len(args) != 1 or kwargs or module.with_nin:
         return None
     x, act, conv = args[0], module.act, module.t_conv
-    if type(act) is not nn.LeakyReLU or has_hooks(act) or has_hooks(conv) or not is_swapped(conv, dsno_spectral_conv):
+    if type(act) is not nn.LeakyReLU or not is_swapped(conv, dsno_spectral_conv):
+        return None
+    if has_hooks(act) or has_hooks(conv):
         return None
     if not _serves_dsno(conv, x) or x.dtype not in _REAL or x.shape[2] != conv.weights1.shape[1]:
         return None
@@ -65,14 +70,18 @@ def dsno_time_conv(module: Any, precision: str | None, *args: Any, **kwargs: Any
 
 def _serves_dsno(module: Any, x: Any) -> bool:
     weight = module.weights1
-    if not _plain(x, weight) or x.ndim != 5 or weight.ndim != 4 or x.dtype not in (*_REAL, torch.float64):
+    if not _plain(x, weight) or x.ndim != 5 or weight.ndim != 4:
+        return False
+    if x.dtype not in (*_REAL, torch.float64):
         return False
     fits = weight.shape[0] == x.shape[2] and weight.shape[3] == 2 and weight.dtype in _REAL
     return fits and 1 <= module.modes1 == weight.shape[2] <= max_modes(x.shape[1])
 
 
-def fno_spectral_conv(module: Any, precision: str | None, *args: Any, **kwargs: Any) -> Tensor | None:
-    """FNO's `SpectralConv1d`: x ``(B, I, L)`` float32, weights complex ``(I, O, K)`` or real pairs."""
+def fno_spectral_conv(
+    module: Any, precision: str | None, *args: Any, **kwargs: Any
+) -> Tensor | None:
+    """FNO's `SpectralConv1d`: x ``(B, I, L)`` float32, weights complex or in real pairs."""
     if len(args) != 1 or kwargs:
         return None
     x, weight = args[0], module.weights1
@@ -87,37 +96,48 @@ def fno_spectral_conv(module: Any, precision: str | None, *args: Any, **kwargs: 
 
 
 def neuralop_spectral_conv(
-    module: Any, precision: str | None, x: Any, output_shape: Sequence[int] | None = None, *args: Any, **kwargs: Any
+    module: Any,
+    precision: str | None,
+    x: Any,
+    output_shape: Sequence[int] | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor | None:
-    """neuraloperator's `SpectralConv` in one dimension: x ``(B, I, L)`` float32, optional bias and output length."""
+    """neuraloperator's 1-D `SpectralConv`: x ``(B, I, L)`` float32, a bias, any output length."""
     if args or kwargs or neuralop_unsupported(module):
         return None
     weight, bias = dense_weight(module), module.bias
-    if weight is None or not _serves_channels_first(x, weight) or not weight.is_complex() or weight.ndim != 3:
+    if weight is None or not _serves_channels_first(x, weight):
+        return None
+    if not weight.is_complex() or weight.ndim != 3:
         return None
     if weight.shape[0] != x.shape[1] or module.max_n_modes[0] != weight.shape[2]:
         return None
-    if bias is not None and not (_plain(x, bias) and bias.dtype == torch.float32 and bias.shape[1:].numel() == 1):
-        return None
+    if bias is not None:
+        if not _plain(x, bias) or bias.dtype != torch.float32 or bias.shape[1:].numel() != 1:
+            return None
+        bias = bias.flatten()
     length = x.shape[2]
     modes, n = min(max_modes(length), module.n_modes[0]), length
     if output_shape is not None:
         n = output_shape[0]
     elif module.resolution_scaling_factor is not None:
         n = round(length * module.resolution_scaling_factor[0])
-    # To another length, a bin that is Nyquist of either length, or the last of the input, has rules of its own there.
-    if not 1 <= modes <= weight.shape[2] or (n != length and (modes > length // 2 or 2 * (modes - 1) >= n)):
+    if not 1 <= modes <= weight.shape[2]:
+        return None
+    # To another length, the original treats the input's last bin as Nyquist, whatever it is there.
+    if n != length and (modes > length // 2 or 2 * (modes - 1) >= n):
         return None
     pairs = torch.view_as_real(weight)[:, :, :modes]
     if n != length and module.fft_norm != "backward":
         pairs = pairs * (n / length if module.fft_norm == "forward" else (n / length) ** 0.5)
-    bias = None if bias is None else bias.flatten()
     return spectral_conv(x, pairs, time_dim=2, channel_dim=1, n=n, bias=bias, precision=precision)
 
 
 def neuralop_unsupported(module: Any) -> str | None:
     """Why this configuration of neuraloperator's `SpectralConv` is not ours; None where it is."""
-    expected = {"order": 1, "complex_data": False, "separable": False, "fno_block_precision": "full"}
+    flags = {"complex_data": False, "separable": False}
+    expected = {"order": 1, **flags, "fno_block_precision": "full"}
     for name, value in expected.items():
         if getattr(module, name, None) != value:
             return f"{name} is {getattr(module, name, 'missing')!r}, not {value!r}"
@@ -129,7 +149,7 @@ def neuralop_unsupported(module: Any) -> str | None:
 
 
 def dense_weight(module: Any) -> Tensor | None:
-    """The complex weight of neuraloperator's `SpectralConv`; None where it is factorized or hooked."""
+    """The weight of neuraloperator's `SpectralConv`; None where it is factorized or hooked."""
     weight = module.weight
     if isinstance(weight, nn.Module):
         if type(weight).__name__ not in ("DenseTensor", "ComplexDenseTensor") or has_hooks(weight):
@@ -139,8 +159,9 @@ def dense_weight(module: Any) -> Tensor | None:
 
 
 def _serves_channels_first(x: Any, weight: Any) -> bool:
-    accepted = (torch.complex64, torch.float32)
-    return _plain(x, weight) and x.ndim == 3 and x.dtype == torch.float32 and weight.dtype in accepted
+    if not _plain(x, weight) or x.ndim != 3:
+        return False
+    return x.dtype == torch.float32 and weight.dtype in (torch.complex64, torch.float32)
 
 
 def is_swapped(module: nn.Module, kernel: Kernel | None = None) -> bool:

@@ -1,14 +1,15 @@
-r"""The temporal layers of DSNO as modules, with the parameters, keys and results of the official ones.
+r"""The temporal layers of DSNO as modules, with parameters, keys and results of the official ones.
 
-B batch, T time points, K modes, I/O input and output channels, H, W pixels; W_k the complex weight of mode k, stored as
-real pairs:
+B batch, T time points, K modes, I/O input and output channels, H, W pixels; W_k the complex weight
+of mode k, stored as real pairs:
 
 .. math::
     S(x) = \mathrm{irfft}(\mathrm{rfft}(x)_{k<K} \cdot W_k), \qquad
     \mathrm{TimeConv}(x) = r(x) + \mathrm{LeakyReLU}_{0.01}(S(x))
 
-with r the identity, or a 1x1 convolution (`nin`) where the channels change. The activation and the sum ride on the last
-write of the spectral convolution, so a `TimeConv` reads x twice and writes y once.
+with r the identity, or a 1x1 convolution (`nin`) where the channels change. The activation and the
+sum ride on the last write of the spectral convolution, so a `TimeConv` reads x twice and writes y
+once.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ NEGATIVE_SLOPE = 0.01
 def float32_precision(precision: str | None, x: Tensor) -> str | None:
     """The `precision` of a layer that computes as if x were float32.
 
-    The official layer casts x to float32, so half-precision x (as under autocast) does not lower its precision.
+    The official layer casts x to float32, so half-precision x (as under autocast) does not lower
+    its precision.
     """
     if precision is not None or x.dtype not in (torch.float16, torch.bfloat16):
         return precision
-    if torch.compiler.is_compiling():  # the setting cannot be read in traced code; fp32 serves every setting
-        return "fp32"
+    if torch.compiler.is_compiling():
+        return "fp32"  # traced code cannot read the setting; fp32 serves each of them
     return precisions.resolve("", x.device.type)
 
 
@@ -46,15 +48,15 @@ class SpectralConv1d(nn.Module):
         in_channels, out_channels: I and O.
         modes: K; an input must have at least ``2*(K - 1)`` time points.
         time_dim, channel_dim: the axes of x that hold time and channels.
-        precision: of the channel mixing, as in :func:`dsno_kernels.spectral_conv`; None follows PyTorch's float32
-            matmul setting for every dtype of x.
+        precision: of the channel mixing, as in :func:`dsno_kernels.spectral_conv`; None follows
+            PyTorch's float32 matmul setting for every dtype of x.
 
     Parameters:
-        weights1: ``(I, O, K, 2)`` float32, real and imaginary part last, drawn from U[0, 1) / (I*O).
+        weights1: ``(I, O, K, 2)`` float32, real and imaginary part last; starts as U[0, 1)/(I*O).
 
     Returns of ``forward``:
-        ``(B, T, O, H, W)`` for x ``(B, T, I, H, W)`` (or any axes that `time_dim` and `channel_dim` name): float32 for
-        float16, bfloat16 and float32 x, under autocast too; float64 for float64.
+        ``(B, T, O, H, W)`` for x ``(B, T, I, H, W)`` (or any axes that `time_dim` and `channel_dim`
+        name): float32 for float16, bfloat16 and float32 x, under autocast too; float64 for float64.
 
     Raises:
         ValueError: sizes below 1, an unknown precision; in ``forward``, an x that does not fit.
@@ -96,8 +98,10 @@ class SpectralConv1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fused(x)
 
-    def fused(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        """The convolution with an activation and a residual in the same kernel; see `dsno_kernels.spectral_conv`."""
+    def fused(
+        self, x: Tensor, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """The convolution with an activation and a residual, as in `dsno_kernels.spectral_conv`."""
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         return spectral_conv(
             x,
@@ -155,12 +159,15 @@ class TimeConv(nn.Module):
     Parameters: ``t_conv.weights1`` and, with ``with_nin``, ``nin.W``, ``nin.b``.
 
     Returns of ``forward``:
-        ``(B, T, O, H, W)`` for x ``(B, T, I, H, W)``: float32 for float16, bfloat16 and float32 x, under autocast too.
+        ``(B, T, O, H, W)`` for x ``(B, T, I, H, W)``: float32 for float16, bfloat16 and float32 x,
+        under autocast too.
 
     Raises:
-        ValueError: channels that differ without ``with_nin``; sizes below 1; in ``forward``, an x that does not fit.
+        ValueError: channels that differ without ``with_nin``; sizes below 1; in ``forward``, an x
+            that does not fit.
 
-    Equivalent to: ``x + F.leaky_relu(t_conv(x), 0.01)``; the official ``TimeConv``, with the same state dict.
+    Equivalent to: ``x + F.leaky_relu(t_conv(x), 0.01)``; the official ``TimeConv``, with the same
+    state dict.
 
     Source: DSNO (arXiv 2211.13449), section 3.2.
 
@@ -182,8 +189,8 @@ class TimeConv(nn.Module):
         super().__init__()
         if in_channels != out_channels and not with_nin:
             raise ValueError(
-                f"the sum x + LeakyReLU(S(x)) needs as many output as input channels, got {in_channels} and"
-                f" {out_channels}; pass with_nin=True to project x"
+                f"the sum x + LeakyReLU(S(x)) needs as many output as input channels,"
+                f" got {in_channels} and {out_channels}; pass with_nin=True to project x"
             )
         self.t_conv = SpectralConv1d(in_channels, out_channels, modes, precision=precision)
         self.nin = NIN(in_channels, out_channels) if with_nin else None
@@ -194,5 +201,5 @@ class TimeConv(nn.Module):
 
 
 def variance_scaling_(weight: Tensor, scale: float = 1.0) -> Tensor:
-    """DDPM's initialization, in place: uniform with variance ``scale / mean(fan_in, fan_out)``; a scale of 0 means 1e-10."""  # noqa: E501
+    """DDPM's initialization: uniform, variance ``scale / mean(fan_in, fan_out)``; 0 means 1e-10."""
     return nn.init.xavier_uniform_(weight, gain=math.sqrt(scale or 1e-10))

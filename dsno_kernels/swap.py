@@ -1,16 +1,16 @@
 """Swapping this library's kernels into a model that exists, and back.
 
-A layer is recognized by structure, never by import: the words of its class name, its exact parameters and attributes,
-and a trial, in which its own forward and ours must agree on a small input. What is swapped is the `forward` of that one
-instance. Parameters, state dict, hooks, optimizers and `isinstance` stay as they are, and restoring deletes what was
-added. Known layers:
+A layer is recognized by structure, never by import: the words of its class name, its exact
+parameters and attributes, and a trial, in which its own forward and ours must agree on a small
+input. What is swapped is the `forward` of that one instance. Parameters, state dict, hooks,
+optimizers and `isinstance` stay as they are, and restoring deletes what was added. Known layers:
 
-    DSNO             `SpectralConv1d` (weights1 in real pairs), `TimeConv` (which becomes one fused call)
+    DSNO             `SpectralConv1d` (weights1 in real pairs), `TimeConv` (one fused call)
     FNO              `SpectralConv1d` (weights1 complex or in real pairs), x (B, I, L)
     neuraloperator   `SpectralConv` in one dimension with a plain dense weight, x (B, I, L)
 
-A call that our kernels do not serve (more modes than the input has, float64 weights, tensor subclasses, ..) goes to the
-original forward, so a swapped layer fails only where the original does.
+A call that our kernels do not serve (more modes than the input has, float64 weights, tensor
+subclasses, ..) goes to the original forward, so a swapped layer fails only where the original does.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ logger = logging.getLogger(__name__)
 _FORWARD = "forward"
 _REPLICATE = "_replicate_for_data_parallel"
 
-# The trial tells formulas apart: a wrong axis, scale or conjugate is an error of about 1, tf32 products of 1e-3.
+# The trial tells formulas apart: a wrong axis, scale or conjugate is an error of about 1, tf32
+# products of 1e-3.
 _TRIAL_TOLERANCE = 1e-2
 
 
 class SwappedForward:
-    """Stands as `forward` in the `__dict__` of one module: calls our kernel, or the class's forward where it declines.
+    """The `forward` in the `__dict__` of one module: our kernel, or where it declines the class's.
 
-    It follows its module through `copy.deepcopy`, pickle and `nn.DataParallel`, whose copies would otherwise call the
-    forward, and so the weights, of the first one. The module is held weakly: a cycle would keep a deleted model's
-    memory until the garbage collector runs.
+    It follows its module through `copy.deepcopy`, pickle and `nn.DataParallel`, whose copies would
+    otherwise call the forward, and so the weights, of the first one. The module is held weakly: a
+    cycle would keep a deleted model's memory until the garbage collector runs.
     """
 
     def __init__(self, module: nn.Module, kernel: kernels.Kernel, precision: str | None) -> None:
@@ -74,7 +75,7 @@ class SwappedForward:
         self.__init__(**state)  # type: ignore[misc]
 
     def replicate(self) -> nn.Module:
-        """A copy of the module for another device, in the place of the module's own method for `nn.DataParallel`."""
+        """A copy of the module for another device; stands in for the module's own method."""
         module = self.module
         replica: nn.Module = type(module)._replicate_for_data_parallel(module)
         _bind(replica, self.kernel, self.precision)
@@ -84,17 +85,17 @@ class SwappedForward:
 def swap_layers(model: nn.Module, *, precision: str | None = None) -> int:
     """Run the spectral convolutions of a model on this library's kernels, in place.
 
-    Layers that look like one of the known ones but compute something else are left alone; the logger
-    ``dsno_kernels.swap`` says why, at level INFO. Swapping twice changes nothing.
+    Layers that look like one of the known ones but compute something else are left alone; the
+    logger ``dsno_kernels.swap`` says why, at level INFO. Swapping twice changes nothing.
 
     Args:
         model: any module; wrappers such as DDP or DataParallel may be around it or come later.
-        precision: of the channel mixing, as in :func:`dsno_kernels.spectral_conv`; None follows PyTorch's float32
-            matmul setting, as the original layers do.
+        precision: of the channel mixing, as in :func:`dsno_kernels.spectral_conv`; None follows
+            PyTorch's float32 matmul setting, as the original layers do.
 
     Returns:
-        The number of layers swapped by this call. A `TimeConv` counts once, with the convolution in it; a module that
-        occurs several times counts once.
+        The number of layers swapped by this call. A `TimeConv` counts once, with the convolution in
+        it; a module that occurs several times counts once.
 
     Raises:
         TypeError: model is not a module. ValueError: an unknown precision.
@@ -124,7 +125,7 @@ def restore_layers(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def swapped(model: nn.Module, *, precision: str | None = None) -> Iterator[int]:
-    """:func:`swap_layers` for the length of a ``with`` block; layers that were swapped before it stay so after it.
+    """:func:`swap_layers` for a ``with`` block; layers swapped before it stay so after it.
 
     Yields:
         The number of layers swapped.
@@ -161,16 +162,19 @@ def _restore(modules: list[nn.Module]) -> int:
 
 
 def _outermost(modules: list[nn.Module]) -> list[nn.Module]:
-    """These swapped modules without the convolutions that belong to a fused `TimeConv` among them."""
-    inner = {id(module.t_conv) for module in modules if kernels.is_swapped(module, kernels.dsno_time_conv)}
+    """These swapped modules, less the convolutions inside a fused `TimeConv` among them."""
+    fused = [module for module in modules if kernels.is_swapped(module, kernels.dsno_time_conv)]
+    inner = {id(module.t_conv) for module in fused}
     return [module for module in modules if id(module) not in inner]
 
 
 def _swap(model: nn.Module, precision: str | None) -> list[nn.Module]:
     precisions.choose(precision, torch.float32)
     new = []
-    for name, module in reversed(_named_modules(model)):  # children first: a `TimeConv` needs its convolution swapped
-        if isinstance(module, (layers.SpectralConv1d, layers.TimeConv)) or kernels.is_swapped(module):
+    # Children first: a `TimeConv` is tried when its convolution has been swapped.
+    for name, module in reversed(_named_modules(model)):
+        ours = isinstance(module, (layers.SpectralConv1d, layers.TimeConv))
+        if ours or kernels.is_swapped(module):
             continue
         candidates = _candidates(module)
         if not candidates:
@@ -190,23 +194,26 @@ def _swap(model: nn.Module, precision: str | None) -> list[nn.Module]:
 
 
 def _candidates(module: nn.Module) -> dict[kernels.Kernel, tuple[int, ...]]:
-    """The kernels that a module may stand for, by its class name, attributes and weights, each with a trial shape."""
+    """The kernels that a module may stand for, by names and weights, each with a trial shape."""
     name = type(module).__name__
     conv: Any = module._modules.get("t_conv")
-    if "TimeConv" in name and conv is not None and kernels.is_swapped(conv, kernels.dsno_spectral_conv):
+    if conv is not None and kernels.is_swapped(conv, kernels.dsno_spectral_conv):
+        if "TimeConv" not in name:
+            return {}
         return {kernels.dsno_time_conv: (1, 2 * conv.modes1 + 1, conv.weights1.shape[0], 1, 2)}
     if "SpectralConv" not in name:
         return {}
     weight = getattr(module, "weights1", None)
     if isinstance(weight, Tensor) and weight.ndim >= 3 and hasattr(module, "modes1"):
         I, _, K = weight.shape[:3]
-        found: dict[kernels.Kernel, tuple[int, ...]] = {kernels.fno_spectral_conv: (1, I, 2 * K + 1)}
-        if not weight.is_complex():
-            found[kernels.dsno_spectral_conv] = (1, 2 * K + 1, I, 1, 2)
-        return found
+        signal, video = (1, I, 2 * K + 1), (1, 2 * K + 1, I, 1, 2)
+        if weight.is_complex():
+            return {kernels.fno_spectral_conv: signal}
+        return {kernels.dsno_spectral_conv: video, kernels.fno_spectral_conv: signal}
     modes = getattr(module, "n_modes", None)
     if isinstance(modes, (list, tuple)) and hasattr(module, "weight"):
-        return {kernels.neuralop_spectral_conv: (1, getattr(module, "in_channels", 1), 2 * modes[0] + 1)}
+        channels = getattr(module, "in_channels", 1)
+        return {kernels.neuralop_spectral_conv: (1, channels, 2 * modes[0] + 1)}
     return {}
 
 
@@ -225,7 +232,7 @@ def _unsuited(module: nn.Module) -> str | None:
 
 
 def _trial(module: nn.Module, kernel: kernels.Kernel, shape: tuple[int, ...]) -> str | None:
-    """Run the module's own forward and a kernel on one small input: None where they agree, else what went wrong."""
+    """The module's own forward against a kernel on a small input: what differs, None if nothing."""
     parameter = next(module.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
@@ -237,7 +244,9 @@ def _trial(module: nn.Module, kernel: kernels.Kernel, shape: tuple[int, ...]) ->
         return f"it does not take an input of shape {shape} ({type(error).__name__}: {error})"
     if actual is None:
         return "our kernels do not serve its configuration"
-    if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (actual.shape, actual.dtype):
+    if not isinstance(expected, Tensor) or expected.shape != actual.shape:
+        return "its forward returns something else"
+    if expected.dtype != actual.dtype:
         return "its forward returns something else"
     if device.type == "meta" or (expected - actual).norm() <= _TRIAL_TOLERANCE * expected.norm():
         return None

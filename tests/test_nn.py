@@ -18,7 +18,7 @@ from tests.helpers import BUDGETS, IO_BUDGET, assert_close
 
 GOLDEN = Path(__file__).parent / "golden" / "dsno_layer.npz"
 
-# Golden values are float32 themselves: their rounding error adds to ours, both within the float32 budget.
+# Golden values are float32 themselves: their rounding adds to ours, each within the budget.
 GOLDEN_FLOAT32 = 2 * BUDGETS["fp32"]
 
 CPU_BACKENDS = ("reference", "cpu")
@@ -26,12 +26,18 @@ CPU_BACKENDS = ("reference", "cpu")
 
 def golden(case: str) -> dict[str, Tensor]:
     with np.load(GOLDEN) as file:
-        return {key.split("/")[1]: torch.from_numpy(file[key]) for key in file.files if key.startswith(case + "/")}
+        return {
+            key.split("/")[1]: torch.from_numpy(file[key])
+            for key in file.files
+            if key.startswith(case + "/")
+        }
 
 
 def require(backend: str) -> None:
     for op in ("spectral_conv", "spectral_conv_weight_grad"):
-        reason = backends.unsupported(backend, backends.Request(op, torch.device("cpu"), torch.float32))
+        reason = backends.unsupported(
+            backend, backends.Request(op, torch.device("cpu"), torch.float32)
+        )
         if reason:
             pytest.skip(f"backend {backend}: {reason}")
 
@@ -109,7 +115,11 @@ def test_module_in_bfloat16_runs_and_trains() -> None:
     layer = dk.nn.TimeConv(6, 6, 2).to(torch.bfloat16)
     x = torch.randn(2, 4, 6, 3, 5, dtype=torch.bfloat16, requires_grad=True)
     y = layer(x)
-    assert_close(y, official_time_conv(x.detach().double(), layer.t_conv.weights1.detach().double()), IO_BUDGET)
+    assert_close(
+        y,
+        official_time_conv(x.detach().double(), layer.t_conv.weights1.detach().double()),
+        IO_BUDGET,
+    )
     y.sum().backward()
     assert layer.t_conv.weights1.grad is not None
     assert layer.t_conv.weights1.grad.dtype == torch.bfloat16
@@ -144,14 +154,20 @@ def test_axes_can_be_named(shape: tuple[int, ...], time_dim: int, channel_dim: i
     x = torch.randn(shape)
     moved = x.movedim((time_dim, channel_dim), (-1, -2)).double()
     weight = torch.view_as_complex(layer.weights1.detach().double())
-    expected = torch.fft.irfft(torch.einsum("...ik,iok->...ok", torch.fft.rfft(moved)[..., :3], weight), n=9)
+    expected = torch.fft.irfft(
+        torch.einsum("...ik,iok->...ok", torch.fft.rfft(moved)[..., :3], weight), n=9
+    )
     assert_close(layer(x).movedim((time_dim, channel_dim), (-1, -2)), expected, BUDGETS["fp32"])
 
 
 def test_precision_option_reaches_the_op() -> None:
     layer = dk.nn.TimeConv(4, 4, 2, precision="tf32")
     x = torch.randn(2, 4, 4, 3, 3)
-    assert_close(layer(x), official_time_conv(x.double(), layer.t_conv.weights1.detach().double()), BUDGETS["tf32"])
+    assert_close(
+        layer(x),
+        official_time_conv(x.double(), layer.t_conv.weights1.detach().double()),
+        BUDGETS["tf32"],
+    )
     assert "tf32" in repr(layer)
 
 

@@ -1,7 +1,7 @@
-r"""The blocks of DSNO's U-Net. Each takes and returns ``(B, T, C, H, W)``; all but the temporal layer see B*T images.
+r"""The blocks of DSNO's U-Net, on ``(B, T, C, H, W)``; all but the temporal layer see B*T images.
 
-With silu the SiLU, s and b the scale and shift that the embedding gives each channel, and R the resampling by 2 (mean
-of 2x2 pixels, nearest neighbor, or none), a residual block is
+With silu the SiLU, s and b the scale and shift that the embedding gives each channel, and R the
+resampling by 2 (mean of 2x2 pixels, nearest neighbor, or none), a residual block is
 
 .. math::
     h = \mathrm{conv}(R(\mathrm{silu}(\mathrm{norm}(x)))), \quad
@@ -53,10 +53,11 @@ def frames(x: Tensor, T: int) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around a sum, modulated by the embedding; `resample` is "down", "up" or None.
+    """Two convolutions, modulated by the embedding, and a sum; `resample` is "down", "up" or None.
 
-    Args of ``forward``: x ``(B, T, I, H, W)``, or ``(B, 1, I, H, W)`` for the same image at all times (then all that
-    does not depend on time is computed once); embedding ``(B or 1, T, D)``, after its SiLU.
+    Args of ``forward``: x ``(B, T, I, H, W)``, or ``(B, 1, I, H, W)`` for the same image at all
+    times (then all that does not depend on time is computed once); embedding ``(B or 1, T, D)``,
+    after its SiLU.
     """
 
     def __init__(
@@ -109,17 +110,17 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.NINs(self.GroupNorm_0(images(x)))
-        # Channels are ordered (head, one of q k v, channel of the head); attention wants rows of channels.
+        # Channels are ordered (head, one of q k v, channel d); attention wants rows of channels.
         N, C, H, W = h.shape
-        h = h.reshape(N, self.num_heads, 3, C // (3 * self.num_heads), H * W).transpose(-1, -2).contiguous()
-        q, k, v = h.unbind(2)  # each [B*T, heads, P, channels of the head]
+        h = h.reshape(N, self.num_heads, 3, C // (3 * self.num_heads), H * W)
+        q, k, v = h.transpose(-1, -2).contiguous().unbind(2)  # each [N, heads, P, d]
         h = F.scaled_dot_product_attention(q, k, v)
         h = self.NIN_3(h.transpose(-1, -2).reshape(-1, *x.shape[2:]))
         return x + h.view(x.shape)
 
 
 class EagerSpectralConv1d(nn.Module):
-    """The spectral convolution as the official layer writes it, on ``torch.fft``: what the kernels compare with."""
+    """The official spectral convolution, on ``torch.fft``: what the kernels are compared with."""
 
     def __init__(self, in_channels: int, out_channels: int, modes: int) -> None:
         super().__init__()
@@ -130,7 +131,8 @@ class EagerSpectralConv1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             spectrum = torch.fft.rfftn(x.float(), dim=[1])[:, : self.modes1]
-            spectrum = torch.einsum("bkihw,iok->bkohw", spectrum, torch.view_as_complex(self.weights1))
+            weight = torch.view_as_complex(self.weights1)
+            spectrum = torch.einsum("bkihw,iok->bkohw", spectrum, weight)
             y: Tensor = torch.fft.irfftn(spectrum, s=[x.shape[1]], dim=[1])
         return y
 

@@ -13,8 +13,8 @@ class DSNOConfig:
         image_size: height and width of the image, divisible by ``2**(levels - 1)``.
         image_channels: 3 for RGB.
         channels: width of the first level ("nf"); a multiple of 32, even.
-        channel_mult: width of each level, as a multiple of `channels`; one level an entry, each half the resolution of
-            the one before.
+        channel_mult: width of each level, as a multiple of `channels`; one level an entry, each
+            half the resolution of the one before.
         num_res_blocks: residual blocks a level on the way down; one more on the way up.
         attention_resolutions: the image sizes at which self-attention follows each residual block.
         num_heads: attention heads; unused where `head_dim` is given.
@@ -22,7 +22,8 @@ class DSNOConfig:
         embedding_dim: width of the embedding of log-SNR and class.
         dropout: before the second convolution of each residual block.
         num_classes: 0 for an unconditional network.
-        time_conv: whether a temporal layer follows each block; without it every time is computed alone.
+        time_conv: whether a temporal layer follows each block; without it every time is computed
+            alone.
         modes: Fourier modes kept along time.
         logsnr_min, logsnr_max: ends of the cosine log-SNR schedule.
         logsnr_input: how log-SNR enters the embedding, "inv_cos" or "sigmoid".
@@ -59,21 +60,29 @@ class DSNOConfig:
     init_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        positive = ("image_size", "channels", "num_res_blocks", "embedding_dim", "num_heads", "image_channels", "modes")
-        for name in positive:
+        sizes = ("image_size", "channels", "num_res_blocks", "embedding_dim", "image_channels")
+        for name in (*sizes, "num_heads", "modes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError(f"channel_mult must hold multiples of at least 1, got {self.channel_mult}")
+            raise ValueError(
+                f"channel_mult must hold multiples of at least 1, got {self.channel_mult}"
+            )
         if self.image_size % 2 ** (self.levels - 1):
-            raise ValueError(f"image_size {self.image_size} cannot be halved {self.levels - 1} times")
+            raise ValueError(
+                f"image_size {self.image_size} cannot be halved {self.levels - 1} times"
+            )
         if self.channels % 32:
-            raise ValueError(f"channels must be a multiple of 32 (group normalization), got {self.channels}")
+            raise ValueError(
+                f"channels must be a multiple of 32 (group normalization), got {self.channels}"
+            )
         if self.logsnr_input not in ("inv_cos", "sigmoid"):
-            raise ValueError(f"unknown logsnr_input {self.logsnr_input!r}; accepted: 'inv_cos', 'sigmoid'")
-        attended = [w for w, size in zip(self.widths, self.resolutions, strict=True) if self.has_attention(size)]
-        for width in (*attended, self.widths[-1]):
-            if width % (self.head_dim or self.num_heads):
+            raise ValueError(
+                f"unknown logsnr_input {self.logsnr_input!r}; accepted: 'inv_cos', 'sigmoid'"
+            )
+        for level, width in enumerate(self.widths):
+            attended = self.has_attention(self.resolutions[level]) or level == self.levels - 1
+            if attended and width % (self.head_dim or self.num_heads):
                 raise ValueError(f"{width} channels do not split into {self.describe_heads()}")
 
     @property
@@ -94,7 +103,9 @@ class DSNOConfig:
         return resolution in self.attention_resolutions
 
     def describe_heads(self) -> str:
-        return f"{self.num_heads} heads" if self.head_dim is None else f"heads of {self.head_dim} channels"
+        if self.head_dim is None:
+            return f"{self.num_heads} heads"
+        return f"heads of {self.head_dim} channels"
 
     @classmethod
     def cifar10(cls) -> DSNOConfig:

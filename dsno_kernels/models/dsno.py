@@ -1,13 +1,14 @@
-r"""DSNO: a U-Net that maps noise to the images at T times of the probability-flow trajectory, in one evaluation.
+r"""DSNO: a U-Net that maps noise to the images at T times of the probability-flow trajectory, in
+one evaluation.
 
-The image x and the log-SNR :math:`\lambda_1..\lambda_T` of the times go in; blocks act on the B*T images, and a
-temporal layer after each block mixes the times. The cosine schedule, with :math:`b = \arctan e^{-\lambda_{max}/2}` and
-:math:`a = \arctan e^{-\lambda_{min}/2} - b`, is
+The image x and the log-SNR :math:`\lambda_1..\lambda_T` of the times go in; blocks act on the B*T
+images, and a temporal layer after each block mixes the times. The cosine schedule is
 
-.. math:: \lambda(t) = -2 \log \tan(a t + b)
+.. math:: \lambda(t) = -2 \log \tan(a t + b), \quad
+    b = \arctan e^{-\lambda_{max}/2}, \quad a = \arctan e^{-\lambda_{min}/2} - b
 
-Time enters as :math:`u = \frac{2}{\pi} \arctan e^{-\lambda/2}`, embedded as sines and cosines of
-:math:`1000\, u\, 10^{-4 i / (half - 1)}`.
+and time enters as :math:`u = \frac{2}{\pi} \arctan e^{-\lambda/2}`, embedded as sines and cosines
+of :math:`1000\, u\, 10^{-4 i / (half - 1)}`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def logsnr_schedule(t: Tensor, min: float = -20.0, max: float = 20.0) -> Tensor:
     Returns:
         The shape and dtype of t.
 
-    Source: progressive distillation (arXiv 2202.00512), appendix; the official ``get_logsnr_schedule``.
+    Source: progressive distillation (arXiv 2202.00512), appendix; the official
+    ``get_logsnr_schedule``.
 
     Example:
         >>> dk.models.logsnr_schedule(torch.tensor([0.0, 0.5])).round()
@@ -59,7 +61,8 @@ class DSNO(nn.Module):
 
     Args:
         config: its shape; `DSNOConfig.cifar10()` and `.imagenet64()` are the published ones.
-        kernels: whether the temporal layers run on this library's kernels; False takes plain PyTorch, for comparison.
+        kernels: whether the temporal layers run on this library's kernels; False takes plain
+            PyTorch, for comparison.
 
     Returns of ``forward``:
         The images at the T times, ``(B, T, 3, H, W)``.
@@ -95,7 +98,7 @@ class DSNO(nn.Module):
         self._check(x, logsnr, y)
         modules = iter(self.all_modules)
         embedding = F.silu(self._embed(modules, logsnr, y, x.dtype))  # [B or 1, T, D]
-        h = next(modules)(x).unsqueeze(1)  # [B, 1, C, H, W]: the first block broadcasts it over the times
+        h = next(modules)(x)[:, None]  # [B, 1, C, H, W]: the first block broadcasts it over T
         T = logsnr.shape[0]
         skips = [h]
         for level, resolution in enumerate(config.resolutions):
@@ -117,7 +120,9 @@ class DSNO(nn.Module):
         out = frames(next(modules)(h), T)
         return x.unsqueeze(1) - out if config.predict_noise else out
 
-    def _stage(self, modules: Iterator[nn.Module], h: Tensor, embedding: Tensor, attention: bool) -> Tensor:
+    def _stage(
+        self, modules: Iterator[nn.Module], h: Tensor, embedding: Tensor, attention: bool
+    ) -> Tensor:
         """Residual block, attention where this resolution has it, temporal layer."""
         h = next(modules)(h, embedding)
         if attention:
@@ -126,7 +131,9 @@ class DSNO(nn.Module):
             h = next(modules)(h)
         return h
 
-    def _embed(self, modules: Iterator[nn.Module], logsnr: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _embed(
+        self, modules: Iterator[nn.Module], logsnr: Tensor, y: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """Embedding of log-SNR and class, ``(B, T, D)``, or ``(1, T, D)`` without classes."""
         config = self.config
         u = _logsnr_input(logsnr.float(), config.logsnr_input)
@@ -141,29 +148,37 @@ class DSNO(nn.Module):
         config = self.config
         image = (config.image_channels, config.image_size, config.image_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != image:
-            raise ValueError(f"x must have shape (B, {', '.join(map(str, image))}), got {tuple(x.shape)}")
+            raise ValueError(
+                f"x must have shape (B, {', '.join(map(str, image))}), got {tuple(x.shape)}"
+            )
         if logsnr.ndim != 1 or logsnr.shape[0] == 0:
             raise ValueError(f"logsnr must have shape (T,) with T >= 1, got {tuple(logsnr.shape)}")
         if config.time_conv and config.modes > logsnr.shape[0] // 2 + 1:
-            raise ValueError(f"{config.modes} modes need at least {2 * config.modes - 2} times, got {logsnr.shape[0]}")
+            raise ValueError(
+                f"{config.modes} modes need at least {2 * config.modes - 2} times,"
+                f" got {logsnr.shape[0]}"
+            )
         if config.num_classes == 0:
             if y is not None:
                 raise ValueError("y was given, but this network has no classes (num_classes=0)")
             return
         if y is None:
-            raise ValueError(f"this network is conditional: pass y, labels in 0..{config.num_classes - 1}")
+            raise ValueError(
+                f"this network is conditional: pass y, labels in 0..{config.num_classes - 1}"
+            )
         expected = (x.shape[0], config.num_classes) if y.is_floating_point() else (x.shape[0],)
         if tuple(y.shape) != expected:
-            raise ValueError(f"y must have shape {expected} for dtype {y.dtype}, got {tuple(y.shape)}")
+            raise ValueError(
+                f"y must have shape {expected} for dtype {y.dtype}, got {tuple(y.shape)}"
+            )
 
 
 def _modules(config: DSNOConfig, kernels: bool) -> Iterator[nn.Module]:
-    """The layers in the order in which `forward` takes them, which is the order of the official state dict."""
+    """The layers in the order of `forward`, which is that of the official state dict."""
 
     def residual(in_channels: int, out_channels: int, resample: str | None = None) -> nn.Module:
-        return ResidualBlock(
-            in_channels, out_channels, config.embedding_dim, config.dropout, config.init_scale, resample
-        )
+        options = (config.embedding_dim, config.dropout, config.init_scale, resample)
+        return ResidualBlock(in_channels, out_channels, *options)
 
     def stage(in_channels: int, out_channels: int, attention: bool) -> Iterator[nn.Module]:
         yield residual(in_channels, out_channels)
@@ -213,6 +228,7 @@ def _logsnr_input(logsnr: Tensor, kind: str) -> Tensor:
 def _sinusoids(u: Tensor, dim: int) -> Tensor:
     """``(T,) -> (T, dim)``: sines, then cosines, of dim/2 frequencies from 1 to 1e-4."""
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=u.dtype, device=u.device) * (-math.log(10000.0) / (half - 1)))
+    index = torch.arange(half, dtype=u.dtype, device=u.device)
+    frequencies = torch.exp(index * (-math.log(10000.0) / (half - 1)))
     angles = u[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -1,8 +1,10 @@
-"""The real arithmetic of truncated real Fourier transforms: which coefficients exist, and their weights.
+"""The real arithmetic of truncated real Fourier transforms: which coefficients exist, and their
+weights.
 
-For a real signal of length T, bin k of `rfft` is `X_k = sum_t x_t exp(-2 pi i k t / T)`. Bin 0, and bin T/2 of an even
-T (Nyquist), are real. `irfft` to length n is `y_s = (1/n) sum_k alpha_k Re(Y_k exp(2 pi i k s / n))` with
-`alpha_k = 1` at bin 0 and at n/2, 2 elsewhere: imaginary parts there never reach y.
+For a real signal of length T, bin k of `rfft` is `X_k = sum_t x_t exp(-2 pi i k t / T)`. Bin 0, and
+bin T/2 of an even T (Nyquist), are real. `irfft` to length n is `y_s = (1/n) sum_k alpha_k Re(Y_k
+exp(2 pi i k s / n))` with `alpha_k = 1` at bin 0 and at n/2, 2 elsewhere: imaginary parts there
+never reach y.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ def max_modes(n: int) -> int:
 
 
 def coefficients(n: int, modes: int) -> list[tuple[int, bool]]:
-    """The real coefficients (k, is_imaginary) that describe the first `modes` bins of a real signal of length n."""
+    """The real coefficients (k, is_imaginary) that describe the first `modes` bins of a real signal
+    of length n.
+    """
     parts = [(k, imag) for k in range(modes) for imag in (False, True)]
     return [(k, imag) for k, imag in parts if not (imag and is_self_conjugate(k, n))]
 

@@ -1,7 +1,7 @@
-"""The public functions: what they accept, what they promise, and the checks that stand between a caller and a kernel.
+"""The public functions: what they accept, what they promise, and every check before a kernel.
 
-Letters: B batch, T time points, K kept modes, I and O input and output channels, P pixels. Axes may come in any order;
-`time_dim` and `channel_dim` name two of them and all others are batch or pixels.
+Letters: B batch, T time points, K kept modes, I and O input and output channels, P pixels. Axes may
+come in any order; `time_dim` and `channel_dim` name two of them, all others are batch or pixels.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ def spectral_conv(
     precision: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Spectral convolution along one axis: keep K Fourier modes, mix channels in each, transform back.
+    r"""Spectral convolution along one axis: K Fourier modes, channels mixed in each, and back.
 
     .. math:: y = \mathrm{act}(\mathrm{irfft}(\mathrm{rfft}(x)_{k<K} \cdot W_k,\ n) + b) + r
 
-    As in ``torch.fft.irfft``, the imaginary part of bin 0 (and of bin n/2) of the product never reaches y.
+    As in ``torch.fft.irfft``, the imaginary part of bin 0 (and of bin n/2) of the product never
+    reaches y.
 
     Args:
-        x: real, floating point, e.g. ``(B, T, I, H, W)``, ``(B, I, T, H, W)``, ``(B, I, L)``, ``(B, T, I)``; any
-            strides.
+        x: real, floating point, any strides; e.g. ``(B, T, I, H, W)``, ``(B, I, T, H, W)``,
+            ``(B, I, L)``, ``(B, T, I)``.
         weight: ``(I, O, K, 2)``, real and imaginary part last, ``1 <= K <= min(T, n)//2 + 1``.
         time_dim, channel_dim: the axes of x that hold time and channels.
         n: length of y along time; default T.
@@ -55,21 +56,24 @@ def spectral_conv(
         negative_slope: of the LeakyReLU.
         residual: added after the activation; the shape of y.
         out_dtype: dtype of y; default that of x (promoted with the residual's).
-        precision: "fp32", "bf16x3", "tf32", "bf16"; None follows x's dtype and PyTorch's float32 matmul setting.
-        backend: the name of one; None takes the fastest that can run here (``dk.explain`` tells which).
+        precision: "fp32", "bf16x3", "tf32", "bf16"; None follows x's dtype and PyTorch's float32
+            matmul setting.
+        backend: the name of one; None takes the fastest that can run here (``dk.explain`` tells
+            which).
 
     Returns:
         y: the shape of x with T -> n and I -> O, in the memory order of x.
 
     Raises:
-        TypeError: a dtype that is not floating point. ValueError: shapes, devices or names that do not fit.
+        TypeError: a dtype that is not floating point. ValueError: shapes, devices or names that do
+            not fit.
         NotImplementedError: a backend that was asked for and cannot run this.
 
     Equivalent to::
 
-        X = torch.fft.rfft(x, dim=time_dim).narrow(time_dim, 0, K)
-        Y = torch.einsum("btihw,iot->btohw", X, torch.view_as_complex(weight))   # axes of (B, T, I, H, W)
-        y = torch.fft.irfft(Y, n=n, dim=time_dim)
+        X = torch.fft.rfft(x, dim=1)[:, :K]  # x (B, T, I, H, W)
+        Y = torch.einsum("bkihw,iok->bkohw", X, torch.view_as_complex(weight))
+        y = torch.fft.irfft(Y, n=n, dim=1)
 
     Source: DSNO (arXiv 2211.13449), temporal convolution layer; FNO (arXiv 2010.08895), eq. 4.
 
@@ -97,7 +101,8 @@ def spectral_conv(
         y_shape[time_dim], y_shape[channel_dim] = n, weight.shape[1]
         if list(residual.shape) != y_shape:
             raise ValueError(
-                f"residual must have the shape of the result, {tuple(y_shape)}, got {tuple(residual.shape)}"
+                f"residual must have the shape of the result, {tuple(y_shape)},"
+                f" got {tuple(residual.shape)}"
             )
         tensors["residual"] = residual
         y_dtype = torch.promote_types(y_dtype, residual.dtype)
@@ -135,7 +140,9 @@ def spectral_conv_weight_grad(
 ) -> Tensor:
     r"""Gradient of :func:`spectral_conv` with respect to its weight.
 
-    .. math:: dW_k = \frac{\alpha_k}{n} \sum_{B,P} \overline{\mathrm{rfft}(x)_k} \otimes \mathrm{rfft}(g)_k
+    .. math::
+        dW_k = \frac{\alpha_k}{n} \sum_{B,P}
+            \overline{\mathrm{rfft}(x)_k} \otimes \mathrm{rfft}(g)_k
 
     with alpha_k = 1 at bin 0 and bin n/2, 2 elsewhere. Differentiable in x and g, to any order.
 
@@ -164,8 +171,8 @@ def spectral_conv_weight_grad(
         expected[channel_dim] = grad_output.shape[channel_dim]
     if list(grad_output.shape) != expected:
         raise ValueError(
-            f"grad_output must have the shape of x, {tuple(x.shape)}, but for its time and channel axes;"
-            f" got {tuple(grad_output.shape)}"
+            f"grad_output must have the shape of x, {tuple(x.shape)}, but for its time and channel"
+            f" axes; got {tuple(grad_output.shape)}"
         )
     n = _check_length(grad_output.shape[time_dim])
     _check_modes(modes, x.shape[time_dim], n)
@@ -180,12 +187,16 @@ def spectral_conv_weight_grad(
     }
     name = _backend(backend)
     if _under_transform(x, grad_output):
-        return _reference_under_transform(reference.spectral_conv_weight_grad, name, x, grad_output, modes, **options)
+        return _reference_under_transform(
+            reference.spectral_conv_weight_grad, name, x, grad_output, modes, **options
+        )
     return _weight_grad.differentiable_weight_grad(x, grad_output, modes, backend=name, **options)
 
 
 def truncated_rfft(x: Tensor, modes: int, dim: int = -1, *, backend: str | None = None) -> Tensor:
-    r"""The first K bins of the real Fourier transform along one axis: ``torch.fft.rfft(x, dim=dim)[.., :K, ..]``.
+    r"""The first K bins of the real Fourier transform along one axis.
+
+    Equivalent to ``torch.fft.rfft(x, dim=dim).narrow(dim, 0, K)``.
 
     Args:
         x: real, floating point, any shape and strides.
@@ -216,10 +227,13 @@ def truncated_rfft(x: Tensor, modes: int, dim: int = -1, *, backend: str | None 
     return torch.view_as_complex(spectrum)
 
 
-def truncated_irfft(spectrum: Tensor, n: int, dim: int = -1, *, backend: str | None = None) -> Tensor:
-    r"""The inverse real Fourier transform of K bins, the other bins zero: ``torch.fft.irfft(spectrum, n, dim=dim)``.
+def truncated_irfft(
+    spectrum: Tensor, n: int, dim: int = -1, *, backend: str | None = None
+) -> Tensor:
+    r"""The inverse real Fourier transform along one axis of K bins, the other bins zero.
 
-    The imaginary parts of bin 0 and of bin n/2 are ignored, on every backend.
+    Equivalent to ``torch.fft.irfft(spectrum, n, dim=dim)``. The imaginary parts of bin 0 and of bin
+    n/2 are ignored, on every backend.
 
     Args:
         spectrum: complex64 or complex128, K bins along dim, ``1 <= K <= n//2 + 1``.
@@ -241,7 +255,9 @@ def truncated_irfft(spectrum: Tensor, n: int, dim: int = -1, *, backend: str | N
     """
     _check_tensor("spectrum", spectrum)
     if spectrum.dtype not in (torch.complex64, torch.complex128):
-        raise TypeError(f"spectrum must be torch.complex64 or torch.complex128, got {spectrum.dtype}")
+        raise TypeError(
+            f"spectrum must be torch.complex64 or torch.complex128, got {spectrum.dtype}"
+        )
     dim = _check_dim("dim", dim, spectrum)
     n = _check_length(n, "n")
     _check_modes(spectrum.shape[dim], n, n)
@@ -256,8 +272,10 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
     """Which backend would run a call and why the others would not, one line each.
 
     Args:
-        op_name: "spectral_conv", "spectral_conv_weight_grad", "truncated_rfft" or "truncated_irfft".
-        args, kwargs: those of the call; without any, a float32 tensor on each device of this machine.
+        op_name: "spectral_conv", "spectral_conv_weight_grad", "truncated_rfft" or
+            "truncated_irfft".
+        args, kwargs: those of the call; without any, a float32 tensor on each device of this
+            machine.
 
     Raises:
         ValueError: an unknown op.
@@ -277,7 +295,9 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
     name = kwargs.get("backend")
     lines = []
     for device, dtype in places:
-        precision = precisions.resolve(precisions.choose(kwargs.get("precision"), dtype), device.type)
+        precision = precisions.resolve(
+            precisions.choose(kwargs.get("precision"), dtype), device.type
+        )
         request = backends.Request(op_name, device, dtype, precision)
         lines.append(backends.explain_request(request, _backend(name)))
     return "\n".join(lines)
@@ -288,7 +308,7 @@ def _backend(name: str | None) -> str:
 
 
 def _under_transform(*tensors: Tensor) -> bool:
-    """Whether a torch.func transform or forward-mode AD is at work, which `autograd.Function` does not serve."""
+    """Whether torch.func or forward-mode AD is at work; `autograd.Function` serves neither."""
     return torch._C._functorch.maybe_current_level() is not None or _dual_level() >= 0
 
 
@@ -296,12 +316,16 @@ def _dual_level() -> int:
     return torch.autograd.forward_ad._current_level
 
 
-def _reference_under_transform(function: Callable[..., Any], backend: str, *args: Any, **options: Any) -> Any:
-    """Under torch.func and forward-mode AD the reference runs: plain differentiable PyTorch, right to any order."""
+def _reference_under_transform(
+    function: Callable[..., Any], backend: str, *args: Any, **options: Any
+) -> Any:
+    """Under torch.func and forward-mode AD the reference runs: plain differentiable PyTorch, right
+    to any order.
+    """
     if backend not in ("", "reference"):
         raise NotImplementedError(
-            f"backend {backend!r} does not run under torch.func transforms or forward-mode AD; only 'reference' does:"
-            " leave the backend open or ask for that one"
+            f"backend {backend!r} does not run under torch.func transforms or forward-mode AD;"
+            " only 'reference' does: leave the backend open or ask for that one"
         )
     return function(*args, **options)
 
@@ -318,7 +342,9 @@ def _check_tensor(name: str, value: object) -> None:
 def _check_real(name: str, x: Tensor) -> None:
     _check_tensor(name, x)
     if x.dtype not in _REAL_DTYPES:
-        raise TypeError(f"{name} must be real floating point ({_names(_REAL_DTYPES)}), got {x.dtype}")
+        raise TypeError(
+            f"{name} must be real floating point ({_names(_REAL_DTYPES)}), got {x.dtype}"
+        )
 
 
 def _check_dim(name: str, dim: int, x: Tensor) -> int:
@@ -332,7 +358,9 @@ def _check_input(name: str, x: Tensor, time_dim: int, channel_dim: int) -> tuple
     time = _check_dim("time_dim", time_dim, x)
     channel = _check_dim("channel_dim", channel_dim, x)
     if time == channel:
-        raise ValueError(f"time_dim and channel_dim must differ; both name axis {time} of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"time_dim and channel_dim must differ; both name axis {time} of shape {tuple(x.shape)}"
+        )
     _check_length(x.shape[time], f"the time axis (time_dim={time_dim}) of {name}")
     return time, channel
 
@@ -346,19 +374,25 @@ def _check_length(n: int, name: str = "n") -> int:
 def _check_modes(modes: int, T: int, n: int) -> None:
     limit = max_modes(min(T, n))
     if not 1 <= modes <= limit:
-        raise ValueError(f"modes must be in 1..{limit} for {min(T, n)} time points (at most T//2 + 1), got {modes}")
+        raise ValueError(
+            f"modes must be in 1..{limit} for {min(T, n)} time points (at most T//2 + 1),"
+            f" got {modes}"
+        )
 
 
 def _check_weight(weight: Tensor, channels: int, T: int, n: int) -> None:
     _check_real("weight", weight)
     if weight.ndim != 4 or weight.shape[3] != 2:
         raise ValueError(
-            f"weight must have shape (I, O, K, 2), real and imaginary part last; got {tuple(weight.shape)}"
+            "weight must have shape (I, O, K, 2), real and imaginary part last;"
+            f" got {tuple(weight.shape)}"
         )
     if weight.shape[0] != channels:
         raise ValueError(f"x has {channels} channels but weight expects {weight.shape[0]}")
     if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"weight must have at least one input and output channel, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must have at least one input and output channel, got {tuple(weight.shape)}"
+        )
     _check_modes(weight.shape[2], T, n)
 
 

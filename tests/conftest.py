@@ -1,4 +1,6 @@
-"""Every test starts from one seed, with uninitialised memory full of NaN: an output that is not written shows."""
+"""Every test starts from one seed, with uninitialised memory full of NaN: an output that is not
+written shows.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ def seeded_and_poisoned() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--mutation", help="BACKEND:NAME, a defect to plant before the tests run (see tests/mutations.py)")
+    parser.addoption(
+        "--mutation",
+        help="BACKEND:NAME, a defect to plant before the tests run (see tests/mutations.py)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

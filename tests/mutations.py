@@ -1,4 +1,6 @@
-"""Defects that a suite worth its name must notice, planted into one backend: `pytest --mutation cpu:zero_output`."""
+"""Defects that a suite worth its name must notice, planted into one backend: `pytest --mutation
+cpu:zero_output`.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,21 @@ def _mode_dropped(run: Callable[..., Any], x: Tensor, weight: Tensor, **options:
     return run(x, weight, **options)
 
 
-def _imaginary_sign_flipped(run: Callable[..., Any], x: Tensor, weight: Tensor, **options: Any) -> Any:
+def _imaginary_sign_flipped(
+    run: Callable[..., Any], x: Tensor, weight: Tensor, **options: Any
+) -> Any:
     return run(x, weight * weight.new_tensor([1.0, -1.0]), **options)
 
 
 def _weight_transposed(run: Callable[..., Any], x: Tensor, weight: Tensor, **options: Any) -> Any:
-    return run(x, weight.transpose(0, 1) if weight.shape[0] == weight.shape[1] else weight, **options)
+    return run(
+        x, weight.transpose(0, 1) if weight.shape[0] == weight.shape[1] else weight, **options
+    )
 
 
-def _length_factor_missing(run: Callable[..., Any], x: Tensor, other: Any, *args: Any, **options: Any) -> Any:
+def _length_factor_missing(
+    run: Callable[..., Any], x: Tensor, other: Any, *args: Any, **options: Any
+) -> Any:
     n = options["n"] if "n" in options else other.shape[options["time_dim"]]
     return _scaled(run(x, other, *args, **options), float(n))
 
@@ -46,11 +54,15 @@ def _nyquist_as_complex(run: Callable[..., Any], x: Tensor, weight: Tensor, **op
     return run(x, weight, **options)
 
 
-def _gradient_conjugated(run: Callable[..., Any], x: Tensor, g: Tensor, modes: int, **options: Any) -> Any:
+def _gradient_conjugated(
+    run: Callable[..., Any], x: Tensor, g: Tensor, modes: int, **options: Any
+) -> Any:
     return run(x, g, modes, **options) * torch.tensor([1.0, -1.0])
 
 
-def _gradient_mode_dropped(run: Callable[..., Any], x: Tensor, g: Tensor, modes: int, **options: Any) -> Any:
+def _gradient_mode_dropped(
+    run: Callable[..., Any], x: Tensor, g: Tensor, modes: int, **options: Any
+) -> Any:
     grad = run(x, g, modes, **options)
     grad[:, :, -1] = 0
     return grad
@@ -71,7 +83,7 @@ MUTATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
 
 
 def plant(backend: str, name: str) -> None:
-    """Replace one op of a backend, for the rest of the process, by a version with the named defect."""
+    """Replace one op of a backend, for the rest of the process, by one with the named defect."""
     op, defect = MUTATIONS[name]
     module = backends._module(backend)
     setattr(module, op, functools.partial(defect, getattr(module, op)))

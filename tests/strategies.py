@@ -1,4 +1,6 @@
-"""What the property tests draw: tensors of any axes, memory order, offset, stride and dtype, and the ops' options."""
+"""What the property tests draw: tensors of any axes, memory order, offset, stride and dtype, and
+the ops' options.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ from torch import Tensor
 from dsno_kernels import backends
 from dsno_kernels.backends import Request
 
-# The backends that can run here; with TRITON_INTERPRET=1 the interpreted Triton kernels are among them.
+# The backends that can run here; with TRITON_INTERPRET=1 the interpreted Triton kernels are among
+# them.
 BACKENDS = [
     name
     for name in ("reference", "cpu", "triton")
-    if backends.unsupported(name, Request("spectral_conv", torch.device("cpu"), torch.float32)) is None
+    if backends.unsupported(name, Request("spectral_conv", torch.device("cpu"), torch.float32))
+    is None
 ]
 
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -72,7 +76,11 @@ def cases(draw: st.DrawFn, max_elements: int = 4096) -> Case:
         modes=draw(st.one_of(st.just(limit), st.integers(1, limit))),
         n=n,
         dtype=draw(st.sampled_from(DTYPES)),
-        memory=draw(st.sampled_from(["contiguous", "contiguous", "permuted", "sliced", "offset", "expanded"])),
+        memory=draw(
+            st.sampled_from(
+                ["contiguous", "contiguous", "permuted", "sliced", "offset", "expanded"]
+            )
+        ),
         order=tuple(draw(st.permutations(range(ndim)))),
         bias=draw(st.booleans()),
         activation=draw(st.booleans()),
@@ -83,7 +91,11 @@ def cases(draw: st.DrawFn, max_elements: int = 4096) -> Case:
 
 
 def tensor(
-    shape: tuple[int, ...], dtype: torch.dtype, memory: str, order: tuple[int, ...], device: str = "cpu"
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    memory: str,
+    order: tuple[int, ...],
+    device: str = "cpu",
 ) -> Tensor:
     """Normal values of one shape, laid out in memory as asked."""
 
@@ -98,5 +110,7 @@ def tensor(
     if memory == "offset":
         return randn(math.prod(shape) + 3)[3:].view(shape)
     if memory == "expanded":
-        return randn(*(1 if axis == order[0] else size for axis, size in enumerate(shape))).expand(shape)
+        return randn(*(1 if axis == order[0] else size for axis, size in enumerate(shape))).expand(
+            shape
+        )
     return randn(*shape)

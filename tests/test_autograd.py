@@ -21,11 +21,22 @@ def double(*shape: int) -> torch.Tensor:
 )
 @pytest.mark.parametrize("activation", [None, "leaky_relu"])
 def test_gradcheck_and_gradgradcheck(T: int, n: int, K: int, activation: str | None) -> None:
-    x, weight, bias, residual = double(2, T, 2, 3), double(2, 3, K, 2), double(3), double(2, n, 3, 3)
+    x, weight, bias, residual = (
+        double(2, T, 2, 3),
+        double(2, 3, K, 2),
+        double(3),
+        double(2, n, 3, 3),
+    )
 
     def run(*args: torch.Tensor) -> torch.Tensor:
         return dk.spectral_conv(
-            args[0], args[1], n=n, bias=args[2], residual=args[3], activation=activation, negative_slope=0.3
+            args[0],
+            args[1],
+            n=n,
+            bias=args[2],
+            residual=args[3],
+            activation=activation,
+            negative_slope=0.3,
         )
 
     assert gradcheck(run, (x, weight, bias, residual))
@@ -33,7 +44,11 @@ def test_gradcheck_and_gradgradcheck(T: int, n: int, K: int, activation: str | N
 
 
 def test_weight_grad_and_transforms_pass_gradgradcheck() -> None:
-    x, g, spectrum = double(2, 4, 3), double(2, 5, 2), torch.randn(2, 3, 2, dtype=torch.complex128, requires_grad=True)
+    x, g, spectrum = (
+        double(2, 4, 3),
+        double(2, 5, 2),
+        torch.randn(2, 3, 2, dtype=torch.complex128, requires_grad=True),
+    )
     for run, inputs in [
         (lambda x, g: dk.spectral_conv_weight_grad(x, g, 3), (x, g)),
         (lambda x: dk.truncated_rfft(x, 3, 1), (x,)),
@@ -46,22 +61,32 @@ def test_weight_grad_and_transforms_pass_gradgradcheck() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_penalty_runs_on_the_kernels(backend: str) -> None:
-    """Double backward is where a detached or once-differentiable backward goes wrong without a word."""
-    x, weight = torch.randn(2, 4, 5, 9, requires_grad=True), torch.randn(5, 7, 2, 2, requires_grad=True)
+    """Double backward is where a detached or once-differentiable backward goes wrong without a
+    word.
+    """
+    x, weight = (
+        torch.randn(2, 4, 5, 9, requires_grad=True),
+        torch.randn(5, 7, 2, 2, requires_grad=True),
+    )
 
     def penalty(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         grads = torch.autograd.grad(y.square().sum(), (x, weight), create_graph=True)
         return torch.autograd.grad(sum(grad.square().sum() for grad in grads), (x, weight))
 
     exact = penalty(torch.nn.functional.leaky_relu(oracle.spectral_conv(x, weight), 0.2))
-    ours = penalty(dk.spectral_conv(x, weight, activation="leaky_relu", negative_slope=0.2, backend=backend))
+    ours = penalty(
+        dk.spectral_conv(x, weight, activation="leaky_relu", negative_slope=0.2, backend=backend)
+    )
     for grad, expected in zip(ours, exact, strict=True):
         assert_close(grad, expected, 5 * BUDGETS["fp32"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_saves_x_and_one_bit_an_element(backend: str) -> None:
-    x, weight = torch.randn(2, 4, 32, 16, 16, requires_grad=True), torch.randn(32, 32, 2, 2, requires_grad=True)
+    x, weight = (
+        torch.randn(2, 4, 32, 16, 16, requires_grad=True),
+        torch.randn(32, 32, 2, 2, requires_grad=True),
+    )
     saved: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,7 +101,10 @@ def test_backward_saves_x_and_one_bit_an_element(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_with_stride_0_and_other_layouts(backend: str) -> None:
-    x, weight = torch.randn(2, 4, 6, 5, 3, requires_grad=True), torch.randn(6, 6, 2, 2, requires_grad=True)
+    x, weight = (
+        torch.randn(2, 4, 6, 5, 3, requires_grad=True),
+        torch.randn(6, 6, 2, 2, requires_grad=True),
+    )
     exact = torch.autograd.grad(oracle.spectral_conv(x, weight).sum(), (x, weight))
     for y in (
         dk.spectral_conv(x, weight, backend=backend).sum(),
@@ -87,7 +115,10 @@ def test_gradients_with_stride_0_and_other_layouts(backend: str) -> None:
 
 
 def test_torch_func_grad_vjp_jvp_vmap_jacobians() -> None:
-    x, weight = torch.randn(3, 4, 2, 5, dtype=torch.float64), torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    x, weight = (
+        torch.randn(3, 4, 2, 5, dtype=torch.float64),
+        torch.randn(2, 3, 2, 2, dtype=torch.float64),
+    )
     dx, dw = torch.randn_like(x), torch.randn_like(weight)
 
     def ours(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -96,24 +127,41 @@ def test_torch_func_grad_vjp_jvp_vmap_jacobians() -> None:
     def exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.leaky_relu(oracle.spectral_conv(x, weight), 0.01)
 
-    assert_close(torch.func.jvp(ours, (x, weight), (dx, dw))[1], torch.func.jvp(exact, (x, weight), (dx, dw))[1], FLOAT64)
+    assert_close(
+        torch.func.jvp(ours, (x, weight), (dx, dw))[1],
+        torch.func.jvp(exact, (x, weight), (dx, dw))[1],
+        FLOAT64,
+    )
     y, pull = torch.func.vjp(ours, x, weight)
     for grad, expected in zip(pull(y), torch.func.vjp(exact, x, weight)[1](y), strict=True):
         assert_close(grad, expected, FLOAT64)
     weights = torch.stack([weight, 2 * weight])
     assert_close(
-        torch.func.vmap(ours, (None, 0))(x, weights), torch.stack([exact(x, w) for w in weights]), FLOAT64
+        torch.func.vmap(ours, (None, 0))(x, weights),
+        torch.stack([exact(x, w) for w in weights]),
+        FLOAT64,
     )
-    assert_close(torch.func.jacrev(ours)(x[:1], weight), torch.func.jacrev(exact)(x[:1], weight), FLOAT64)
-    assert_close(torch.func.hessian(lambda w: ours(x, w).pow(3).sum())(weight),
-                 torch.func.hessian(lambda w: exact(x, w).pow(3).sum())(weight), FLOAT64)  # fmt: skip
+    assert_close(
+        torch.func.jacrev(ours)(x[:1], weight), torch.func.jacrev(exact)(x[:1], weight), FLOAT64
+    )
+    assert_close(
+        torch.func.hessian(lambda w: ours(x, w).pow(3).sum())(weight),
+        torch.func.hessian(lambda w: exact(x, w).pow(3).sum())(weight),
+        FLOAT64,
+    )
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, dx), weight)).tangent
     assert_close(tangent, torch.func.jvp(lambda x: exact(x, weight), (x,), (dx,))[1], FLOAT64)
     for transform in (dk.truncated_rfft, dk.truncated_irfft):
-        value = x if transform is dk.truncated_rfft else torch.randn(3, 2, 2, 5, dtype=torch.complex128)
-        mapped = torch.func.vmap(lambda v, t=transform: t(v, 2 if t is dk.truncated_rfft else 4, 0))(value)
-        assert_close(mapped, transform(value, 2 if transform is dk.truncated_rfft else 4, 1), FLOAT64)
+        value = (
+            x if transform is dk.truncated_rfft else torch.randn(3, 2, 2, 5, dtype=torch.complex128)
+        )
+        mapped = torch.func.vmap(
+            lambda v, t=transform: t(v, 2 if t is dk.truncated_rfft else 4, 0)
+        )(value)
+        assert_close(
+            mapped, transform(value, 2 if transform is dk.truncated_rfft else 4, 1), FLOAT64
+        )
 
 
 def test_a_forced_kernel_under_torch_func_is_refused() -> None:
@@ -125,7 +173,10 @@ def test_a_forced_kernel_under_torch_func_is_refused() -> None:
 def test_activation_checkpointing_gives_the_same_gradients() -> None:
     from torch.utils.checkpoint import checkpoint
 
-    x, weight = torch.randn(2, 4, 6, 5, requires_grad=True), torch.randn(6, 6, 2, 2, requires_grad=True)
+    x, weight = (
+        torch.randn(2, 4, 6, 5, requires_grad=True),
+        torch.randn(6, 6, 2, 2, requires_grad=True),
+    )
 
     def layer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return dk.spectral_conv(x, weight, activation="leaky_relu", residual=x)

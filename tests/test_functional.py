@@ -15,40 +15,136 @@ X, W = torch.randn(2, 4, 3, 5, 7), torch.randn(3, 6, 2, 2)
 BAD_CALLS = {
     "no time": (lambda: dk.spectral_conv(X[:, :0], W), ValueError, "at least 1, got 0"),
     "K = 0": (lambda: dk.spectral_conv(X, W[:, :, :0]), ValueError, "modes must be in 1..3"),
-    "K > T//2+1": (lambda: dk.spectral_conv(X, torch.randn(3, 6, 4, 2)), ValueError, "1..3 for 4 time points"),
+    "K > T//2+1": (
+        lambda: dk.spectral_conv(X, torch.randn(3, 6, 4, 2)),
+        ValueError,
+        "1..3 for 4 time points",
+    ),
     "K > n//2+1": (lambda: dk.spectral_conv(X, W, n=1), ValueError, "1..1 for 1 time points"),
-    "n = 0": (lambda: dk.spectral_conv(X, W, n=0), ValueError, "n must have a length of at least 1"),
-    "channels": (lambda: dk.spectral_conv(X, torch.randn(4, 6, 2, 2)), ValueError, "x has 3 channels but weight expects 4"),
-    "no output channels": (lambda: dk.spectral_conv(X, W[:, :0]), ValueError, "at least one input and output channel"),
-    "complex x": (lambda: dk.spectral_conv(X.cfloat(), W), TypeError, "x must be real floating point"),
+    "n = 0": (
+        lambda: dk.spectral_conv(X, W, n=0),
+        ValueError,
+        "n must have a length of at least 1",
+    ),
+    "channels": (
+        lambda: dk.spectral_conv(X, torch.randn(4, 6, 2, 2)),
+        ValueError,
+        "x has 3 channels but weight expects 4",
+    ),
+    "no output channels": (
+        lambda: dk.spectral_conv(X, W[:, :0]),
+        ValueError,
+        "at least one input and output channel",
+    ),
+    "complex x": (
+        lambda: dk.spectral_conv(X.cfloat(), W),
+        TypeError,
+        "x must be real floating point",
+    ),
     "integer x": (lambda: dk.spectral_conv(X.long(), W), TypeError, "got torch.int64"),
-    "not a tensor": (lambda: dk.spectral_conv([1.0], W), TypeError, "x must be a torch.Tensor, got list"),
-    "complex weight": (lambda: dk.spectral_conv(X, torch.view_as_complex(W)), TypeError, "weight must be real"),
+    "not a tensor": (
+        lambda: dk.spectral_conv([1.0], W),
+        TypeError,
+        "x must be a torch.Tensor, got list",
+    ),
+    "complex weight": (
+        lambda: dk.spectral_conv(X, torch.view_as_complex(W)),
+        TypeError,
+        "weight must be real",
+    ),
     "weight (I,O,K)": (lambda: dk.spectral_conv(X, W[..., 0]), ValueError, "(I, O, K, 2)"),
-    "weight (I,O,K,3)": (lambda: dk.spectral_conv(X, torch.randn(3, 6, 2, 3)), ValueError, "(I, O, K, 2)"),
+    "weight (I,O,K,3)": (
+        lambda: dk.spectral_conv(X, torch.randn(3, 6, 2, 3)),
+        ValueError,
+        "(I, O, K, 2)",
+    ),
     "devices": (lambda: dk.spectral_conv(X, W.to("meta")), ValueError, "x on cpu, weight on meta"),
-    "same axis": (lambda: dk.spectral_conv(X, W, time_dim=2), ValueError, "must differ; both name axis 2"),
+    "same axis": (
+        lambda: dk.spectral_conv(X, W, time_dim=2),
+        ValueError,
+        "must differ; both name axis 2",
+    ),
     "same axis, negative": (lambda: dk.spectral_conv(X, W, time_dim=-3), ValueError, "must differ"),
-    "axis out of range": (lambda: dk.spectral_conv(X, W, time_dim=5), ValueError, "time_dim=5 is out of range"),
-    "scalar x": (lambda: dk.spectral_conv(torch.tensor(1.0), W), ValueError, "out of range for shape ()"),
-    "bias": (lambda: dk.spectral_conv(X, W, bias=torch.zeros(3)), ValueError, "bias must have shape (6,), got (3,)"),
-    "residual": (lambda: dk.spectral_conv(X, W, residual=X), ValueError, "shape of the result, (2, 4, 6, 5, 7)"),
-    "activation": (lambda: dk.spectral_conv(X, W, activation="gelu"), ValueError, "unknown activation 'gelu'"),
-    "out_dtype": (lambda: dk.spectral_conv(X, W, out_dtype=torch.int32), TypeError, "out_dtype must be one of"),
-    "precision": (lambda: dk.spectral_conv(X, W, precision="fp8"), ValueError, "unknown precision 'fp8'; accepted"),
-    "backend": (lambda: dk.spectral_conv(X, W, backend="tpu"), ValueError, "unknown backend 'tpu'; accepted"),
-    "backend here": (lambda: dk.spectral_conv(X, W, backend="cuda"), NotImplementedError, "'cuda' cannot run spectral_conv on cpu"),
-    "use_backend": (lambda: dk.use_backend("tpu").__enter__(), ValueError, "unknown backend 'tpu'; accepted"),
-    "grad shape": (lambda: dk.spectral_conv_weight_grad(X, X[:1], 2), ValueError, "grad_output must have the shape of x"),
-    "grad axes": (lambda: dk.spectral_conv_weight_grad(X, X[0], 2), ValueError, "grad_output must have the shape of x"),
-    "grad modes": (lambda: dk.spectral_conv_weight_grad(X, X, 4), ValueError, "modes must be in 1..3"),
+    "axis out of range": (
+        lambda: dk.spectral_conv(X, W, time_dim=5),
+        ValueError,
+        "time_dim=5 is out of range",
+    ),
+    "scalar x": (
+        lambda: dk.spectral_conv(torch.tensor(1.0), W),
+        ValueError,
+        "out of range for shape ()",
+    ),
+    "bias": (
+        lambda: dk.spectral_conv(X, W, bias=torch.zeros(3)),
+        ValueError,
+        "bias must have shape (6,), got (3,)",
+    ),
+    "residual": (
+        lambda: dk.spectral_conv(X, W, residual=X),
+        ValueError,
+        "shape of the result, (2, 4, 6, 5, 7)",
+    ),
+    "activation": (
+        lambda: dk.spectral_conv(X, W, activation="gelu"),
+        ValueError,
+        "unknown activation 'gelu'",
+    ),
+    "out_dtype": (
+        lambda: dk.spectral_conv(X, W, out_dtype=torch.int32),
+        TypeError,
+        "out_dtype must be one of",
+    ),
+    "precision": (
+        lambda: dk.spectral_conv(X, W, precision="fp8"),
+        ValueError,
+        "unknown precision 'fp8'; accepted",
+    ),
+    "backend": (
+        lambda: dk.spectral_conv(X, W, backend="tpu"),
+        ValueError,
+        "unknown backend 'tpu'; accepted",
+    ),
+    "backend here": (
+        lambda: dk.spectral_conv(X, W, backend="cuda"),
+        NotImplementedError,
+        "'cuda' cannot run spectral_conv on cpu",
+    ),
+    "use_backend": (
+        lambda: dk.use_backend("tpu").__enter__(),
+        ValueError,
+        "unknown backend 'tpu'; accepted",
+    ),
+    "grad shape": (
+        lambda: dk.spectral_conv_weight_grad(X, X[:1], 2),
+        ValueError,
+        "grad_output must have the shape of x",
+    ),
+    "grad axes": (
+        lambda: dk.spectral_conv_weight_grad(X, X[0], 2),
+        ValueError,
+        "grad_output must have the shape of x",
+    ),
+    "grad modes": (
+        lambda: dk.spectral_conv_weight_grad(X, X, 4),
+        ValueError,
+        "modes must be in 1..3",
+    ),
     "rfft modes": (lambda: dk.truncated_rfft(X, 9), ValueError, "modes must be in 1..4"),
-    "rfft complex": (lambda: dk.truncated_rfft(X.cfloat(), 2), TypeError, "x must be real floating point"),
+    "rfft complex": (
+        lambda: dk.truncated_rfft(X.cfloat(), 2),
+        TypeError,
+        "x must be real floating point",
+    ),
     "rfft dim": (lambda: dk.truncated_rfft(X, 2, 7), ValueError, "dim=7 is out of range"),
     "irfft real": (lambda: dk.truncated_irfft(X, 4), TypeError, "spectrum must be torch.complex64"),
-    "irfft too many": (lambda: dk.truncated_irfft(X.cfloat(), 4), ValueError, "modes must be in 1..3"),
+    "irfft too many": (
+        lambda: dk.truncated_irfft(X.cfloat(), 4),
+        ValueError,
+        "modes must be in 1..3",
+    ),
     "explain": (lambda: dk.explain("fft"), ValueError, "unknown op 'fft'; accepted"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
@@ -85,7 +181,10 @@ def test_nan_passes_through_to_its_own_pixel_only(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_output_dtype(backend: str, dtype: torch.dtype) -> None:
     assert dk.spectral_conv(X.to(dtype), W, backend=backend).dtype == dtype
-    assert dk.spectral_conv(X.to(dtype), W, out_dtype=torch.float32, backend=backend).dtype == torch.float32
+    assert (
+        dk.spectral_conv(X.to(dtype), W, out_dtype=torch.float32, backend=backend).dtype
+        == torch.float32
+    )
     y = dk.spectral_conv(X.to(dtype), W, residual=torch.zeros(2, 4, 6, 5, 7), backend=backend)
     assert y.dtype == torch.float32
 
@@ -97,7 +196,9 @@ def test_memory_order_of_the_input_is_kept(backend: str) -> None:
     channels_last = X.movedim(2, -1).contiguous().movedim(-1, 2)
     assert dk.spectral_conv(channels_last, w, backend=backend).stride() == channels_last.stride()
     time_last = torch.randn(8, 3, 9)
-    assert dk.spectral_conv(time_last, w, time_dim=2, channel_dim=1, backend=backend).is_contiguous()
+    assert dk.spectral_conv(
+        time_last, w, time_dim=2, channel_dim=1, backend=backend
+    ).is_contiguous()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,5 +220,11 @@ def test_use_backend_nests_and_restores() -> None:
 def test_explain_names_every_backend_with_its_reason() -> None:
     lines = dk.explain("spectral_conv", X.double(), W).splitlines()
     assert lines[0].startswith("spectral_conv on cpu, torch.float64, precision fp32: reference")
-    assert [line.replace("->", "  ").split()[0] for line in lines[1:]] == ["cpu", "reference", "cuda", "triton", "cupy"]
+    assert [line.replace("->", "  ").split()[0] for line in lines[1:]] == [
+        "cpu",
+        "reference",
+        "cuda",
+        "triton",
+        "cupy",
+    ]
     assert all(len(line.split()) > 1 for line in lines[1:])

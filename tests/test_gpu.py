@@ -1,4 +1,6 @@
-"""Everything the CPU tests promise, on a CUDA device: each backend, each precision, and what only a device can show."""
+"""Everything the CPU tests promise, on a CUDA device: each backend, each precision, and what only a
+device can show.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,11 @@ def supported(op: str) -> list[str]:
     if not torch.cuda.is_available():
         return []
     request = Request(op, torch.device("cuda", 0), torch.float32)
-    return [name for name in ("triton", "cuda", "reference") if backends.unsupported(name, request) is None]
+    return [
+        name
+        for name in ("triton", "cuda", "reference")
+        if backends.unsupported(name, request) is None
+    ]
 
 
 CONV_BACKENDS = supported("spectral_conv")
@@ -47,20 +53,37 @@ def test_the_kernels_are_there_and_are_what_runs() -> None:
 
 @pytest.mark.parametrize("backend", CONV_BACKENDS)
 @pytest.mark.parametrize("precision", BUDGETS)
-@pytest.mark.parametrize(("shape", "time_dim", "channel_dim", "O", "K", "n"), SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "time_dim", "channel_dim", "O", "K", "n"), SHAPES.values(), ids=SHAPES
+)
 def test_value_and_gradients(
-    backend: str, precision: str, shape: tuple[int, ...], time_dim: int, channel_dim: int, O: int, K: int, n: int
+    backend: str,
+    precision: str,
+    shape: tuple[int, ...],
+    time_dim: int,
+    channel_dim: int,
+    O: int,
+    K: int,
+    n: int,
 ) -> None:
     x = torch.randn(shape, device="cuda", requires_grad=True)
     weight = torch.randn(shape[channel_dim], O, K, 2, device="cuda", requires_grad=True)
     y = dk.spectral_conv(
-        x, weight, time_dim=time_dim, channel_dim=channel_dim, n=n, precision=precision, backend=backend
+        x,
+        weight,
+        time_dim=time_dim,
+        channel_dim=channel_dim,
+        n=n,
+        precision=precision,
+        backend=backend,
     )
     exact = oracle.spectral_conv(x, weight, time_dim, channel_dim, n)
     g = torch.randn_like(y)
     assert_close(y, exact, BUDGETS[precision])
     for grad, expected in zip(
-        torch.autograd.grad(y, (x, weight), g), torch.autograd.grad(exact, (x, weight), g.double()), strict=True
+        torch.autograd.grad(y, (x, weight), g),
+        torch.autograd.grad(exact, (x, weight), g.double()),
+        strict=True,
     ):
         assert_close(grad, expected, 1.5 * BUDGETS[precision])
 
@@ -68,7 +91,9 @@ def test_value_and_gradients(
 @pytest.mark.parametrize("backend", CONV_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", DSNO_SHAPES.values(), ids=DSNO_SHAPES)
-def test_dsno_shapes_with_the_fused_epilogue(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_dsno_shapes_with_the_fused_epilogue(
+    backend: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     x = torch.randn(shape, device="cuda", dtype=dtype)
     weight = torch.randn(shape[2], shape[2], 2, 2, device="cuda") / shape[2]
     y = dk.spectral_conv(x, weight, activation="leaky_relu", residual=x, backend=backend)
@@ -77,14 +102,18 @@ def test_dsno_shapes_with_the_fused_epilogue(backend: str, dtype: torch.dtype, s
 
 
 @pytest.mark.parametrize("backend", CONV_BACKENDS)
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 @given(case=cases())
 def test_properties_hold_on_the_device(backend: str, case: Case) -> None:
     check("reference" if case.dtype == torch.float64 else backend, case, "cuda")
 
 
 @pytest.mark.parametrize("backend", FFT_BACKENDS)
-@pytest.mark.parametrize(("T", "K"), [(1, 1), (4, 2), (5, 3), (8, 5), (33, 17), (100, 51), (1024, 64), (4096, 128)])
+@pytest.mark.parametrize(
+    ("T", "K"), [(1, 1), (4, 2), (5, 3), (8, 5), (33, 17), (100, 51), (1024, 64), (4096, 128)]
+)
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_truncated_transforms(backend: str, T: int, K: int, dim: int) -> None:
     shape = [3, 4, 35]

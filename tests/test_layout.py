@@ -1,4 +1,4 @@
-"""Canonical axes: shape decides what is batch and what is pixels, strides decide the memory order."""
+"""Canonical axes: shape decides what is batch and pixels, strides decide the memory order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ CASES = {
 
 
 @pytest.mark.parametrize(("shape", "time_dim", "channel_dim", "sizes"), CASES.values(), ids=CASES)
-def test_axes(shape: tuple[int, ...], time_dim: int, channel_dim: int, sizes: tuple[int, ...] | None) -> None:
+def test_axes(
+    shape: tuple[int, ...], time_dim: int, channel_dim: int, sizes: tuple[int, ...] | None
+) -> None:
     x = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
     axes = _layout.find_axes(x.shape, x.stride(), time_dim, channel_dim)
     assert (axes and axes[:4]) == sizes

@@ -14,14 +14,35 @@ from tests.strategies import BACKENDS
 @pytest.mark.parametrize("name", MUTATIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_planted_defect_makes_the_suite_fail(backend: str, name: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
     run = subprocess.run(
-        [*command, "tests/test_oracle.py", "--mutation", f"{backend}:{name}"], capture_output=True, text=True
+        [*command, "tests/test_oracle.py", "--mutation", f"{backend}:{name}"],
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 1 and "AssertionError" in run.stdout, run.stdout + run.stderr
 
 
 def test_the_same_tests_pass_without_a_defect() -> None:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/test_oracle.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_oracle.py",
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -22,17 +22,81 @@ def conv_samples() -> dict[str, tuple]:
     plain = (1, 2, 4, False, None, None, None, torch.float32, False, None, "fp32", "")
     return {
         "contiguous": (x, weight, *plain),
-        "transposed": (x.transpose(0, 3).contiguous().transpose(0, 3), weight.transpose(0, 1).contiguous().transpose(0, 1), *plain),
+        "transposed": (
+            x.transpose(0, 3).contiguous().transpose(0, 3),
+            weight.transpose(0, 1).contiguous().transpose(0, 1),
+            *plain,
+        ),
         "channels_last": (x.movedim(2, -1).contiguous().movedim(-1, 2), weight, *plain),
         "offset": (torch.randn(3, 4, 3, 5, 7)[1:], weight, *plain),
         "pixels_not_mergeable": (torch.randn(2, 4, 3, 5, 9)[..., 1:8], weight, *plain),
-        "epilogue": (x, weight, 1, 2, 4, False, bias, residual, 0.01, torch.float32, True, None, "fp32", ""),
-        "longer_low_precision": (x.bfloat16(), weight, 1, 2, 6, False, bias, None, None, torch.float16, False, None, "bf16", ""),
-        "adjoint_masked": (residual, weight, 1, 2, 4, True, None, None, 0.01, torch.float32, False, positive, "fp32", ""),
+        "epilogue": (
+            x,
+            weight,
+            1,
+            2,
+            4,
+            False,
+            bias,
+            residual,
+            0.01,
+            torch.float32,
+            True,
+            None,
+            "fp32",
+            "",
+        ),
+        "longer_low_precision": (
+            x.bfloat16(),
+            weight,
+            1,
+            2,
+            6,
+            False,
+            bias,
+            None,
+            None,
+            torch.float16,
+            False,
+            None,
+            "bf16",
+            "",
+        ),
+        "adjoint_masked": (
+            residual,
+            weight,
+            1,
+            2,
+            4,
+            True,
+            None,
+            None,
+            0.01,
+            torch.float32,
+            False,
+            positive,
+            "fp32",
+            "",
+        ),
         "time_last": (torch.randn(3, 5, 9), torch.randn(5, 2, 4, 2), 2, 1, 9, *plain[3:]),
-        "empty_batch": (x[:0], weight, 1, 2, 4, False, bias, residual[:0], 0.01, torch.float32, True, None, "fp32", ""),
+        "empty_batch": (
+            x[:0],
+            weight,
+            1,
+            2,
+            4,
+            False,
+            bias,
+            residual[:0],
+            0.01,
+            torch.float32,
+            True,
+            None,
+            "fp32",
+            "",
+        ),
         "no_pixels": (x[..., :0], weight, *plain),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -45,8 +109,12 @@ def test_opcheck_spectral_conv(name: str, backend: str) -> None:
 def test_opcheck_the_other_ops(backend: str) -> None:
     x, g = torch.randn(2, 4, 3, 5, 7), torch.randn(2, 4, 6, 5, 7)
     positive = torch.randint(0, 255, (2, 4, 6, 5), dtype=torch.uint8)
-    for args in [(x, g, 3, 1, 2, None, None), (x.mT, g.mT, 3, 1, 2, None, None), (x, g, 3, 1, 2, positive, 0.1),
-                 (x[:0], g[:0], 3, 1, 2, None, None)]:  # fmt: skip
+    for args in [
+        (x, g, 3, 1, 2, None, None),
+        (x.mT, g.mT, 3, 1, 2, None, None),
+        (x, g, 3, 1, 2, positive, 0.1),
+        (x[:0], g[:0], 3, 1, 2, None, None),
+    ]:
         torch.library.opcheck(OPS.spectral_conv_weight_grad.default, (*args, "fp32", backend))
     for args in [(x, 2, 1), (x.transpose(1, 3), 3, 3), (x[..., 1:], 3, 4), (x[:0], 2, 1)]:
         torch.library.opcheck(OPS.truncated_rfft.default, (*args, backend))
@@ -78,7 +146,9 @@ def test_compile_has_no_graph_break_and_the_same_numbers(fresh_dynamo: None, dyn
         y, expected = compiled(x), layer(x)
         assert torch.equal(y, expected) and y.stride() == expected.stride()
         g = torch.randn_like(y)
-        for grad, exact in zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True):
+        for grad, exact in zip(
+            torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True
+        ):
             assert_close(grad, exact, BUDGETS["fp32"])
 
 
@@ -102,8 +172,13 @@ def test_a_new_batch_size_does_not_recompile_for_ever(fresh_dynamo: None) -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_changes_nothing(backend: str) -> None:
-    """The op computes what its precision says; autocast must not reach the products inside the reference either."""
-    x, weight = torch.randn(2, 4, 6, 5, 3, requires_grad=True), torch.randn(6, 6, 2, 2, requires_grad=True)
+    """The op computes what its precision says; autocast must not reach the products inside the
+    reference either.
+    """
+    x, weight = (
+        torch.randn(2, 4, 6, 5, 3, requires_grad=True),
+        torch.randn(6, 6, 2, 2, requires_grad=True),
+    )
     y = dk.spectral_conv(x, weight, activation="leaky_relu", backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
         under = dk.spectral_conv(x, weight, activation="leaky_relu", backend=backend)
@@ -122,12 +197,16 @@ def test_precision_follows_pytorchs_setting() -> None:
     torch.set_float32_matmul_precision("highest")
     for setting, expected in (("highest", "fp32"), ("high", "tf32"), ("medium", "bf16")):
         assert f"precision {expected}:" in lines[setting]
-    for dtype, expected in ((torch.float64, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "tf32")):
+    for dtype, expected in (
+        (torch.float64, "fp32"),
+        (torch.bfloat16, "bf16"),
+        (torch.float16, "tf32"),
+    ):
         assert f"precision {expected}:" in dk.explain("spectral_conv", x.to(dtype), weight)
 
 
 def test_precision_can_be_read_after_pytorchs_newer_setting_was_written() -> None:
-    """torch.get_float32_matmul_precision raises once backends.*.fp32_precision has been assigned."""
+    """The legacy getter raises once backends.*.fp32_precision has been assigned."""
     code = (
         "import torch, dsno_kernels as dk\n"
         "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'\n"
@@ -140,7 +219,10 @@ def test_precision_can_be_read_after_pytorchs_newer_setting_was_written() -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ten_runs_give_the_same_bits(backend: str) -> None:
-    x, weight = torch.randn(3, 5, 17, 35, requires_grad=True), torch.randn(17, 19, 3, 2, requires_grad=True)
+    x, weight = (
+        torch.randn(3, 5, 17, 35, requires_grad=True),
+        torch.randn(17, 19, 3, 2, requires_grad=True),
+    )
     first = None
     for _ in range(10):
         y = dk.spectral_conv(x, weight, activation="leaky_relu", backend=backend)

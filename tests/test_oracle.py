@@ -1,4 +1,6 @@
-"""Every backend against the literal formula at fixed shapes, odd sizes first. The mutation tests run this file."""
+"""Every backend against the literal formula at fixed shapes, odd sizes first. The mutation tests
+run this file.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,24 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("shape", "time_dim", "channel_dim", "O", "K", "n"), SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "time_dim", "channel_dim", "O", "K", "n"), SHAPES.values(), ids=SHAPES
+)
 def test_value_and_gradients(
     backend: str, shape: tuple[int, ...], time_dim: int, channel_dim: int, O: int, K: int, n: int
 ) -> None:
     x = torch.randn(shape, requires_grad=True)
     weight = torch.randn(shape[channel_dim], O, K, 2, requires_grad=True)
-    y = dk.spectral_conv(x, weight, time_dim=time_dim, channel_dim=channel_dim, n=n, backend=backend)
+    y = dk.spectral_conv(
+        x, weight, time_dim=time_dim, channel_dim=channel_dim, n=n, backend=backend
+    )
     exact = oracle.spectral_conv(x, weight, time_dim, channel_dim, n)
     g = torch.randn_like(y)
     assert_close(y, exact, BUDGETS["fp32"])
     for grad, expected in zip(
-        torch.autograd.grad(y, (x, weight), g), torch.autograd.grad(exact, (x, weight), g.double()), strict=True
+        torch.autograd.grad(y, (x, weight), g),
+        torch.autograd.grad(exact, (x, weight), g.double()),
+        strict=True,
     ):
         assert_close(grad, expected, BUDGETS["fp32"])
 
@@ -70,5 +78,8 @@ def test_truncated_transforms(backend: str, T: int, K: int, dim: int) -> None:
     exact = torch.fft.irfft(expected, n=T, dim=dim)
     assert_close(y, exact, BUDGETS["fp32"])
     g = torch.randn_like(y)
-    (grad,), (expected_grad,) = torch.autograd.grad(y, x, g), torch.autograd.grad(exact, x, g.double())
+    (grad,), (expected_grad,) = (
+        torch.autograd.grad(y, x, g),
+        torch.autograd.grad(exact, x, g.double()),
+    )
     assert_close(grad, expected_grad, BUDGETS["fp32"])

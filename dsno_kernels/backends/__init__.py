@@ -1,7 +1,8 @@
 """Choosing a backend happens here and nowhere else.
 
-Each backend is a module with the ops it has as functions of one signature (that of `reference`) and a function
-`unsupported(request) -> str | None`: None where it can serve the request, else the reason in a few words.
+Each backend is a module with the ops it has as functions of one signature (that of `reference`) and
+a function `unsupported(request) -> str | None`: None where it can serve the request, else the
+reason in a few words.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 
 NAMES = ("cpu", "cuda", "triton", "cupy", "reference")
 
-# Fastest first, for each kind of device. A backend that is not listed for a device runs there only when it is forced.
+# Fastest first, for each kind of device. A backend that is not listed for a device runs there only
+# when it is forced.
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 OPS = ("spectral_conv", "spectral_conv_weight_grad", "truncated_rfft", "truncated_irfft")
@@ -43,16 +45,20 @@ _forced = os.environ.get("DSNO_KERNELS_BACKEND", "")
 
 
 def forced() -> str:
-    """The backend asked for by `use_backend` or `DSNO_KERNELS_BACKEND`; "" leaves the choice to `select`."""
+    """The backend asked for by `use_backend` or `DSNO_KERNELS_BACKEND`; "" leaves the choice to
+    `select`.
+    """
     return check_name(_forced) if _forced else ""
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the `with` block, and the backward of those ops, on one backend. Holds for the process.
+    """Run every op inside the `with` block, and the backward of those ops, on one backend. Holds
+    for the process.
 
     Args:
-        name: "reference", "cpu", "cuda", "triton" or "cupy". An op that this backend cannot run raises with the reason.
+        name: "reference", "cpu", "cuda", "triton" or "cupy". An op that this backend cannot run
+            raises with the reason.
     Raises:
         ValueError: an unknown name.
 
@@ -88,7 +94,8 @@ def _select(name: str, request: Request) -> ModuleType:
         reason = unsupported(name, request)
         if reason:
             raise NotImplementedError(
-                f"backend {name!r} cannot run {request.op} on {request.device.type} {request.dtype}: {reason}"
+                f"backend {name!r} cannot run {request.op} on {request.device.type}"
+                f" {request.dtype}: {reason}"
             )
         return _module(name)
     order = _ORDER.get(request.device.type, ("reference",))
@@ -108,7 +115,10 @@ def explain_request(request: Request, forced_name: str = "") -> str:
     """One line a backend: which one `select` takes for a request, and why not the others."""
     order = _ORDER.get(request.device.type, ("reference",))
     chosen = forced_name or next(n for n in order if unsupported(n, request) is None)
-    lines = [f"{request.op} on {request.device.type}, {request.dtype}, precision {request.precision}: {chosen}"]
+    lines = [
+        f"{request.op} on {request.device.type}, {request.dtype},"
+        f" precision {request.precision}: {chosen}"
+    ]
     for name in (*order, *(n for n in NAMES if n not in order)):
         reason = unsupported(name, request)
         if reason is None:

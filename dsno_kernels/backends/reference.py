@@ -1,10 +1,12 @@
 """What the ops mean: plain PyTorch, any float dtype and device, differentiable to any order.
 
-Every other backend is tested against these functions in float64. They take and return tensors in the caller's axes;
-`n` is the output length, K the number of kept modes, and `alpha_k` is 1 for bin 0 and the Nyquist bin, 2 elsewhere:
+Every other backend is tested against these functions in float64. They take and return tensors in
+the caller's axes; `n` is the output length, K the number of kept modes, and `alpha_k` is 1 for bin
+0 and the Nyquist bin, 2 elsewhere:
 
-    spectral_conv          X = rfft(x)[:K];  Y_k = X_k W_k;  h = irfft(Y, n) + bias;  y = leaky_relu(h) + residual
-    its adjoint            X_k = sum over o of conj(W_k)[i, o] G_k[o], weighted so that <y, S(x)> = <S^T(y), x>
+    spectral_conv    X = rfft(x)[:K];  Y_k = X_k W_k;  h = irfft(Y, n) + bias
+                     y = leaky_relu(h) + residual
+    its adjoint      X_k = sum over o of conj(W_k)[i, o] G_k[o], so that <g, S(x)> = <S^T(g), x>
     spectral_conv_weight_grad   dW_k = (alpha_k / n) sum over B, P of conj(X_k) (x) G_k
     truncated_rfft / truncated_irfft   the two transforms alone, spectra as real pairs `[..., 2]`
 """
@@ -25,7 +27,7 @@ def unsupported(request: Request) -> str | None:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic: float64 stays float64, everything else is computed in float32."""
+    """The dtype of the arithmetic: float64 of float64, float32 of everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -34,7 +36,9 @@ def _rfft(x: Tensor, modes: int, dim: int) -> Tensor:
 
 
 def _real_where_self_conjugate(spectrum: Tensor, n: int, dim: int) -> Tensor:
-    """The spectrum without the imaginary parts that do not exist; some FFT libraries let them leak into the result."""
+    """The spectrum without the imaginary parts that do not exist; some FFT libraries let them leak
+    into the result.
+    """
     keep = _alpha(spectrum.shape[dim], n, spectrum.real) - 1
     shape = [1] * spectrum.ndim
     shape[dim] = -1
@@ -46,7 +50,7 @@ def _irfft(spectrum: Tensor, n: int, dim: int) -> Tensor:
 
 
 def _alpha(modes: int, n: int, like: Tensor) -> Tensor:
-    """alpha_k, [K], filled in on the device: a copy from the host would break CUDA graph capture."""
+    """alpha_k, [K], filled in on the device: a copy from the host breaks CUDA graph capture."""
     values = torch.full((modes,), 2.0, dtype=like.dtype, device=like.device)
     values[0] = alpha(0, n)
     values[modes - 1] = alpha(modes - 1, n)
@@ -72,19 +76,24 @@ def spectral_conv(
     """`spectral_conv` or its adjoint; returns y and, with `save_positive`, the sign bits of h.
 
     Args:
-        x: `[B, T, I, P]` in the caller's axes; of the adjoint `[B, T, O, P]`, T the output length of the forward op.
+        x: `[B, T, I, P]` in the caller's axes; of the adjoint `[B, T, O, P]`, T the output length
+            of the forward op.
         weight: `(I, O, K, 2)`.
         n: output length; of the adjoint the input length of the forward op.
-        bias: `(O,)`.  residual: the shape of y.  negative_slope: of LeakyReLU; None for the identity.
-        x_positive: sign bits that belong to x: x is multiplied by 1 where they are set, else by `negative_slope`
-            (the backward of LeakyReLU, before the transform).
+        bias: `(O,)`.  residual: the shape of y.  negative_slope: of LeakyReLU; None for the
+            identity.
+        x_positive: sign bits that belong to x: x is multiplied by 1 where they are set, else by
+            `negative_slope` (the backward of LeakyReLU, before the transform).
         precision: ignored here; this backend computes in float32 or float64.
     """
     dtype = torch.promote_types(compute_dtype(x.dtype), weight.dtype)
     with torch.autocast(x.device.type, enabled=False):
         if x_positive is not None:
             assert negative_slope is not None
-            x, negative_slope = apply_positive(x, x_positive, negative_slope, time_dim, channel_dim), None
+            x, negative_slope = (
+                apply_positive(x, x_positive, negative_slope, time_dim, channel_dim),
+                None,
+            )
         X = _rfft(x.to(dtype).movedim((time_dim, channel_dim), (-2, -1)), weight.shape[2], -2)
         W = torch.view_as_complex(weight.to(dtype).contiguous())
         if adjoint:
@@ -117,12 +126,14 @@ def spectral_conv_weight_grad(
     negative_slope: float | None = None,
     precision: str = "fp32",
 ) -> Tensor:
-    """Gradient of `spectral_conv` with respect to its weight, `(I, O, K, 2)` in float32 or float64."""
+    """Gradient of `spectral_conv` by its weight, `(I, O, K, 2)` in float32 or float64."""
     dtype = compute_dtype(torch.promote_types(x.dtype, grad_output.dtype))
     with torch.autocast(x.device.type, enabled=False):
         if grad_positive is not None:
             assert negative_slope is not None
-            grad_output = apply_positive(grad_output, grad_positive, negative_slope, time_dim, channel_dim)
+            grad_output = apply_positive(
+                grad_output, grad_positive, negative_slope, time_dim, channel_dim
+            )
         X = _rfft(x.to(dtype).movedim((time_dim, channel_dim), (-2, -1)), modes, -2)
         G = _rfft(grad_output.to(dtype).movedim((time_dim, channel_dim), (-2, -1)), modes, -2)
         dW = torch.einsum("nki,nko->iok", X[None].flatten(0, -3).conj(), G[None].flatten(0, -3))
@@ -136,25 +147,40 @@ def truncated_rfft(x: Tensor, modes: int, *, dim: int) -> Tensor:
 
 
 def truncated_irfft(spectrum: Tensor, n: int, *, dim: int) -> Tensor:
-    """`irfft` to length n of the first bins, given as real pairs `[..., K, ..., 2]`; the other bins are zero."""
+    """`irfft` to length n of the first bins, given as real pairs `[..., K, ..., 2]`; the other bins
+    are zero.
+    """
     dtype = compute_dtype(spectrum.dtype)
     return _irfft(torch.view_as_complex(spectrum.to(dtype).contiguous()), n, dim)
 
 
 def pack_positive(h: Tensor, time_dim: int, channel_dim: int) -> Tensor:
     """Bits `h > 0`, uint8 `[B, T, C, ceil(P/8)]`; bit j of byte q belongs to pixel 8q + j."""
-    bits = F.pad((_to_btcp(h, time_dim, channel_dim) > 0).to(torch.uint8), (0, -_pixels(h, time_dim, channel_dim) % 8))
+    bits = F.pad(
+        (_to_btcp(h, time_dim, channel_dim) > 0).to(torch.uint8),
+        (0, -_pixels(h, time_dim, channel_dim) % 8),
+    )
     shifts = torch.arange(8, dtype=torch.uint8, device=h.device)
     return (bits.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
 
 
-def apply_positive(g: Tensor, positive: Tensor, negative_slope: float, time_dim: int, channel_dim: int) -> Tensor:
-    """The derivative of LeakyReLU: g where the bit is set, `negative_slope * g` elsewhere; linear in g."""
+def apply_positive(
+    g: Tensor, positive: Tensor, negative_slope: float, time_dim: int, channel_dim: int
+) -> Tensor:
+    """The derivative of LeakyReLU: g where the bit is set, `negative_slope * g` elsewhere; linear
+    in g.
+    """
     shifts = torch.arange(8, dtype=torch.uint8, device=g.device)
-    bits = (positive.unsqueeze(-1) >> shifts & 1).flatten(-2).narrow(-1, 0, _pixels(g, time_dim, channel_dim))
+    bits = (
+        (positive.unsqueeze(-1) >> shifts & 1)
+        .flatten(-2)
+        .narrow(-1, 0, _pixels(g, time_dim, channel_dim))
+    )
     batch_group, pixel_group = _layout.axis_groups(g.ndim, time_dim, channel_dim)
     shape = [g.shape[axis] for axis in (*batch_group, time_dim, channel_dim, *pixel_group)]
-    order = sorted(range(g.ndim), key=(*batch_group, time_dim, channel_dim, *pixel_group).__getitem__)
+    order = sorted(
+        range(g.ndim), key=(*batch_group, time_dim, channel_dim, *pixel_group).__getitem__
+    )
     return torch.where(bits.reshape(shape).permute(order).bool(), g, g * negative_slope)
 
 

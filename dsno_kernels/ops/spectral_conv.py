@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The two ops are each other's derivatives, so each file needs the other's module (at call time only).
+# The two ops are each other's derivatives, so each file needs the other's module (at call time
+# only).
 import dsno_kernels.ops.spectral_conv_weight_grad as weight_grad
 from dsno_kernels import _layout
 from dsno_kernels import precision as precisions
@@ -69,7 +70,9 @@ def _run(
 
 
 def _empty_positive(out: Tensor, time_dim: int, channel_dim: int, save: bool) -> Tensor:
-    """Storage for the sign bits of `out`; without `save`, none (an op cannot return an optional tensor)."""
+    """Storage for the sign bits of `out`; without `save`, none (an op cannot return an optional
+    tensor).
+    """
     if not save:
         return out.new_empty((0,), dtype=torch.uint8)
     batch_group, pixel_group = _layout.axis_groups(out.ndim, time_dim, channel_dim)
@@ -104,16 +107,18 @@ def _fake(
 
 
 op = define(
-    "spectral_conv(Tensor x, Tensor weight, int time_dim, int channel_dim, SymInt n, bool adjoint, Tensor? bias,"
-    " Tensor? residual, float? negative_slope, ScalarType out_dtype, bool save_positive, Tensor? x_positive,"
-    " str precision, str backend) -> (Tensor, Tensor)",
+    "spectral_conv(Tensor x, Tensor weight, int time_dim, int channel_dim, SymInt n, bool adjoint,"
+    " Tensor? bias, Tensor? residual, float? negative_slope, ScalarType out_dtype,"
+    " bool save_positive, Tensor? x_positive, str precision, str backend) -> (Tensor, Tensor)",
     _run,
     _fake,
 )
 
 
 class SpectralConvFunction(torch.autograd.Function):
-    """Autograd of `spectral_conv` and of its adjoint. Saves x, W and, with an activation, one bit an element of y."""
+    """Autograd of `spectral_conv` and of its adjoint. Saves x, W and, with an activation, one bit
+    an element of y.
+    """
 
     @staticmethod
     def forward(
@@ -133,9 +138,21 @@ class SpectralConvFunction(torch.autograd.Function):
     ) -> Tensor:
         save_positive = negative_slope is not None and any(ctx.needs_input_grad[:3])
         y, positive = op(
-            x, weight, time_dim, channel_dim, n, adjoint, bias, residual, negative_slope, out_dtype, save_positive,
-            None, precision, backend,
-        )  # fmt: skip
+            x,
+            weight,
+            time_dim,
+            channel_dim,
+            n,
+            adjoint,
+            bias,
+            residual,
+            negative_slope,
+            out_dtype,
+            save_positive,
+            None,
+            precision,
+            backend,
+        )
         ctx.save_for_backward(x, weight, positive if save_positive else None)
         ctx.axes = time_dim, channel_dim
         ctx.adjoint, ctx.negative_slope = adjoint, negative_slope
@@ -151,22 +168,40 @@ class SpectralConvFunction(torch.autograd.Function):
         g, slope = grad, None
         if positive is not None:
             if torch.is_grad_enabled() or ctx.needs_input_grad[2]:
-                g, positive = reference.apply_positive(grad, positive, ctx.negative_slope, *ctx.axes), None
+                g, positive = (
+                    reference.apply_positive(grad, positive, ctx.negative_slope, *ctx.axes),
+                    None,
+                )
             else:
                 slope = ctx.negative_slope
         grad_x = grad_weight = grad_bias = grad_residual = None
         if ctx.needs_input_grad[0]:
             grad_x = differentiable_spectral_conv(
-                g, weight, time_dim=time_dim, channel_dim=channel_dim, n=x.shape[time_dim], adjoint=not ctx.adjoint,
-                out_dtype=x.dtype, x_positive=positive, negative_slope=slope, precision=ctx.precision,
+                g,
+                weight,
+                time_dim=time_dim,
+                channel_dim=channel_dim,
+                n=x.shape[time_dim],
+                adjoint=not ctx.adjoint,
+                out_dtype=x.dtype,
+                x_positive=positive,
+                negative_slope=slope,
+                precision=ctx.precision,
                 backend=ctx.backend,
-            )  # fmt: skip
+            )
         if ctx.needs_input_grad[1]:
             first, second = (g, x) if ctx.adjoint else (x, g)
             grad_weight = weight_grad.differentiable_weight_grad(
-                first, second, weight.shape[2], time_dim=time_dim, channel_dim=channel_dim, grad_positive=positive,
-                negative_slope=slope, precision=ctx.precision, backend=ctx.backend,
-            ).to(weight.dtype)  # fmt: skip
+                first,
+                second,
+                weight.shape[2],
+                time_dim=time_dim,
+                channel_dim=channel_dim,
+                grad_positive=positive,
+                negative_slope=slope,
+                precision=ctx.precision,
+                backend=ctx.backend,
+            ).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             axes = [axis for axis in range(g.ndim) if axis != channel_dim]
             grad_bias = g.sum(axes, dtype=ctx.bias_dtype)
@@ -191,14 +226,41 @@ def differentiable_spectral_conv(
     precision: str = "",
     backend: str = "",
 ) -> Tensor:
-    """The op with autograd. `x_positive` (the backward of LeakyReLU, fused) is for calls that record no graph."""
+    """The op with autograd. `x_positive` (the backward of LeakyReLU, fused) is for calls that
+    record no graph.
+    """
     if torch.is_grad_enabled() and x_positive is None:
         if residual is x and torch.compiler.is_compiling():
-            residual = x.view_as(x)  # Dynamo refuses an autograd.Function that gets one tensor twice
+            residual = x.view_as(
+                x
+            )  # Dynamo refuses an autograd.Function that gets one tensor twice
         return SpectralConvFunction.apply(
-            x, weight, bias, residual, time_dim, channel_dim, n, adjoint, negative_slope, out_dtype, precision, backend
+            x,
+            weight,
+            bias,
+            residual,
+            time_dim,
+            channel_dim,
+            n,
+            adjoint,
+            negative_slope,
+            out_dtype,
+            precision,
+            backend,
         )
     return op(
-        x, weight, time_dim, channel_dim, n, adjoint, bias, residual, negative_slope, out_dtype, False, x_positive,
-        precision, backend,
-    )[0]  # fmt: skip
+        x,
+        weight,
+        time_dim,
+        channel_dim,
+        n,
+        adjoint,
+        bias,
+        residual,
+        negative_slope,
+        out_dtype,
+        False,
+        x_positive,
+        precision,
+        backend,
+    )[0]

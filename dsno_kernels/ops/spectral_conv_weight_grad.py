@@ -1,4 +1,6 @@
-"""Op `spectral_conv_weight_grad`: D(x, g), the derivative of the trilinear form of `spectral_conv` by its weight."""
+"""Op `spectral_conv_weight_grad`: D(x, g), the derivative of the trilinear form of `spectral_conv`
+by its weight.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,15 @@ def _run(
     dtype = torch.promote_types(x.dtype, grad_output.dtype)
     if x.numel() == 0 or grad_output.numel() == 0:
         return _fake(
-            x, grad_output, modes, time_dim, channel_dim, grad_positive, negative_slope, precision, backend
+            x,
+            grad_output,
+            modes,
+            time_dim,
+            channel_dim,
+            grad_positive,
+            negative_slope,
+            precision,
+            backend,
         ).zero_()
     precision = precisions.resolve(precision, x.device.type)
     request = Request("spectral_conv_weight_grad", x.device, dtype, precision)
@@ -56,12 +66,15 @@ def _fake(
     backend: str,
 ) -> Tensor:
     dtype = reference.compute_dtype(torch.promote_types(x.dtype, grad_output.dtype))
-    return x.new_empty((x.shape[channel_dim], grad_output.shape[channel_dim], modes, 2), dtype=dtype)
+    return x.new_empty(
+        (x.shape[channel_dim], grad_output.shape[channel_dim], modes, 2), dtype=dtype
+    )
 
 
 op = define(
-    "spectral_conv_weight_grad(Tensor x, Tensor grad_output, SymInt modes, int time_dim, int channel_dim,"
-    " Tensor? grad_positive, float? negative_slope, str precision, str backend) -> Tensor",
+    "spectral_conv_weight_grad(Tensor x, Tensor grad_output, SymInt modes, int time_dim,"
+    " int channel_dim, Tensor? grad_positive, float? negative_slope, str precision, str backend)"
+    " -> Tensor",
     _run,
     _fake,
 )
@@ -72,7 +85,14 @@ class SpectralConvWeightGradFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, g: Tensor, modes: int, time_dim: int, channel_dim: int, precision: str, backend: str
+        ctx: Any,
+        x: Tensor,
+        g: Tensor,
+        modes: int,
+        time_dim: int,
+        channel_dim: int,
+        precision: str,
+        backend: str,
     ) -> Tensor:
         ctx.save_for_backward(x, g)
         ctx.options = {
@@ -111,7 +131,21 @@ def differentiable_weight_grad(
     precision: str = "",
     backend: str = "",
 ) -> Tensor:
-    """The op with autograd. `grad_positive` (the backward of LeakyReLU, fused) is for calls that record no graph."""
+    """The op with autograd. `grad_positive` (the backward of LeakyReLU, fused) is for calls that
+    record no graph.
+    """
     if torch.is_grad_enabled() and grad_positive is None:
-        return SpectralConvWeightGradFunction.apply(x, grad_output, modes, time_dim, channel_dim, precision, backend)
-    return op(x, grad_output, modes, time_dim, channel_dim, grad_positive, negative_slope, precision, backend)
+        return SpectralConvWeightGradFunction.apply(
+            x, grad_output, modes, time_dim, channel_dim, precision, backend
+        )
+    return op(
+        x,
+        grad_output,
+        modes,
+        time_dim,
+        channel_dim,
+        grad_positive,
+        negative_slope,
+        precision,
+        backend,
+    )

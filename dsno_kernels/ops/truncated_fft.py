@@ -1,6 +1,8 @@
-"""Ops `truncated_rfft` and `truncated_irfft`: the first K bins of a real transform, and back; spectra as real pairs.
+"""Ops `truncated_rfft` and `truncated_irfft`: the first K bins of a real transform, and back;
+spectra as real pairs.
 
-The two are each other's transpose up to a real factor a mode (alpha_k: 1 for bin 0 and Nyquist, 2 elsewhere):
+The two are each other's transpose up to a real factor a mode (alpha_k: 1 for bin 0 and Nyquist, 2
+elsewhere):
 
     <truncated_rfft(x), g>  = <x, truncated_irfft((T / alpha_k) g, T)>
     <truncated_irfft(Y), g> = <Y, (alpha_k / n) truncated_rfft(g)>
@@ -21,7 +23,9 @@ from dsno_kernels.ops import define
 def _run_rfft(x: Tensor, modes: int, dim: int, backend: str) -> Tensor:
     if x.numel() == 0:
         return _fake_rfft(x, modes, dim, backend)
-    spectrum: Tensor = select(backend, Request("truncated_rfft", x.device, x.dtype)).truncated_rfft(x, modes, dim=dim)
+    spectrum: Tensor = select(backend, Request("truncated_rfft", x.device, x.dtype)).truncated_rfft(
+        x, modes, dim=dim
+    )
     return spectrum.contiguous()
 
 
@@ -45,13 +49,24 @@ def _fake_irfft(spectrum: Tensor, n: int, dim: int, backend: str) -> Tensor:
     return spectrum.new_empty(shape, dtype=reference.compute_dtype(spectrum.dtype))
 
 
-rfft_op = define("truncated_rfft(Tensor x, SymInt modes, int dim, str backend) -> Tensor", _run_rfft, _fake_rfft)
-irfft_op = define("truncated_irfft(Tensor spectrum, SymInt n, int dim, str backend) -> Tensor", _run_irfft, _fake_irfft)
+rfft_op = define(
+    "truncated_rfft(Tensor x, SymInt modes, int dim, str backend) -> Tensor", _run_rfft, _fake_rfft
+)
+irfft_op = define(
+    "truncated_irfft(Tensor spectrum, SymInt n, int dim, str backend) -> Tensor",
+    _run_irfft,
+    _fake_irfft,
+)
 
 
 def _scale_modes(spectrum: Tensor, n: int, dim: int, factor: float, inverse: bool) -> Tensor:
     """The spectrum times `factor * alpha_k`, or times `factor / alpha_k` with `inverse`."""
-    weights = torch.full((spectrum.shape[dim],), 0.5 if inverse else 2.0, dtype=spectrum.dtype, device=spectrum.device)
+    weights = torch.full(
+        (spectrum.shape[dim],),
+        0.5 if inverse else 2.0,
+        dtype=spectrum.dtype,
+        device=spectrum.device,
+    )
     weights[0] = alpha(0, n)
     weights[spectrum.shape[dim] - 1] = alpha(spectrum.shape[dim] - 1, n) ** (-1 if inverse else 1)
     shape = [1] * spectrum.ndim
@@ -70,7 +85,12 @@ class TruncatedRfftFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         scaled = _scale_modes(grad, ctx.n, ctx.dim, ctx.n, inverse=True)
-        return differentiable_irfft(scaled, ctx.n, ctx.dim, ctx.backend).to(ctx.dtype), None, None, None
+        return (
+            differentiable_irfft(scaled, ctx.n, ctx.dim, ctx.backend).to(ctx.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 class TruncatedIrfftFunction(torch.autograd.Function):
@@ -85,7 +105,12 @@ class TruncatedIrfftFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         spectrum = differentiable_rfft(grad, ctx.modes, ctx.dim, ctx.backend)
-        return _scale_modes(spectrum, ctx.n, ctx.dim, 1 / ctx.n, inverse=False).to(ctx.dtype), None, None, None
+        return (
+            _scale_modes(spectrum, ctx.n, ctx.dim, 1 / ctx.n, inverse=False).to(ctx.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def differentiable_rfft(x: Tensor, modes: int, dim: int, backend: str) -> Tensor:

@@ -1,1 +1,1 @@
-"""Speed and memory of the ops against what people run today; `report.py` writes README's tables from the results."""
+"""Speed and memory of the ops against what people run today; `report.py` writes README's tables."""

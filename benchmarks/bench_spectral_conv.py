@@ -1,4 +1,4 @@
-"""`spectral_conv` and its gradients against the eager layer, its compiled form, real GEMMs and neuraloperator.
+"""`spectral_conv` and its gradients against everything in `peers`.
 
 Each entry is checked against float64 first, then timed in turns with the eager layer.
 """
@@ -18,7 +18,8 @@ from benchmarks.shapes import PASSES, Shape
 from dsno_kernels.backends import reference
 from tests.helpers import BUDGETS, rel_rms
 
-# PyTorch rounds a bfloat16 product's result too, where the kernels keep float32: half as much error again.
+# PyTorch rounds a bfloat16 product's result too, where the kernels keep float32: half as much
+# error again.
 PEER_BUDGETS = {**BUDGETS, "bf16": 7.5e-3}
 
 
@@ -73,7 +74,9 @@ def test_spectral_conv(
         if direction == "forward":
             run, run_baseline = (functools.partial(forward, c, x, weight) for c in (call, baseline))
         else:
-            run, run_baseline = (functools.partial(forward_backward, c, x, weight, grad) for c in (call, baseline))
+            run, run_baseline = (
+                functools.partial(forward_backward, c, x, weight, grad) for c in (call, baseline)
+            )
         if smoke:
             benchmark.pedantic(run)
             return
@@ -100,18 +103,22 @@ def test_spectral_conv(
 def _check(
     shape: Shape, peer: Peer, precision: str, call: Call, x: Tensor, weight: Tensor, grad: Tensor
 ) -> dict[str, float]:
-    """Relative RMS errors of y, dx and dW against float64, all within the budget of the precision."""
+    """Relative RMS errors of y, dx and dW against float64, all within the budget."""
     results = forward_backward(call, x, weight, grad)
     pairs = zip(("y", "dx", "dW"), results, expected(shape, x.device), strict=True)
     errors = {name: rel_rms(actual, wanted) for name, actual, wanted in pairs}
     budget = (BUDGETS if peer.name.startswith("dsno_kernels") else PEER_BUDGETS)[precision]
     for name, error in errors.items():
-        assert error <= budget, f"{peer.name}: relative RMS error {error:.3g} of {name}, budget {budget:.3g}"
+        assert error <= budget, (
+            f"{peer.name}: relative RMS error {error:.3g} of {name}, budget {budget:.3g}"
+        )
     return errors
 
 
-def _rates(shape: Shape, precision: str, direction: str, seconds: float, device: torch.device) -> dict[str, float]:
-    """Useful work and least traffic over time, and their shares of what this machine reaches in this run."""
+def _rates(
+    shape: Shape, precision: str, direction: str, seconds: float, device: torch.device
+) -> dict[str, float]:
+    """Useful work and least traffic over time, and their shares of what this machine reaches."""
     flops, bandwidth = shape.flop(direction) / seconds, shape.least_bytes(direction) / seconds
     return {
         "gflops": flops / 1e9,

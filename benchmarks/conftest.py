@@ -1,7 +1,7 @@
 """Options, parameters and the results file of the benchmarks.
 
-`pytest benchmarks` measures and writes `benchmarks/results/<machine>.json`; `pytest benchmarks --benchmark-disable`
-runs every case once on small shapes and writes nothing.
+`pytest benchmarks` measures and writes `benchmarks/results/<machine>.json`; `pytest benchmarks
+--benchmark-disable` runs every case once on small shapes and writes nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ RESULTS = Path(__file__).parent / "results"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dsno_kernels")
-    group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
-    group.addoption("--results", metavar="NAME", help="write benchmarks/results/NAME.json, also for a part of the suite")
+    group.addoption(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure"
+    )
+    group.addoption(
+        "--results",
+        metavar="NAME",
+        help="write benchmarks/results/NAME.json, also for a part of the suite",
+    )
 
 
 def device_of(config: pytest.Config) -> torch.device:
@@ -53,7 +59,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     kind = device_of(metafunc.config).type
     cases = [
-        pytest.param((shape, precision, peer), id=f"{shape.name}-{precision}-{peer.name}".replace(" ", "_"))
+        pytest.param(
+            (shape, precision, peer), id=f"{shape.name}-{precision}-{peer.name}".replace(" ", "_")
+        )
         for shape in shapes(kind)
         for precision in PRECISIONS[kind]
         for peer in PEERS
@@ -73,7 +81,9 @@ def smoke(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.option.benchmark_disable)
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
     machine_info.clear()
     machine_info.update(machine.describe(device_of(config)))
 
@@ -84,7 +94,9 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
     commit_info.update(kept)
 
 
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
     """Keep what the report needs; single rounds and the paths of this machine are left out."""
     for entry in output_json["benchmarks"]:
         stats = {key: entry["stats"][key] for key in ("min", "median", "iqr", "rounds")}

@@ -38,7 +38,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "cpu": cpu_model(),
         "isa": [name for name in _ISA if name in cpu_flags()],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": _cores(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -58,11 +58,18 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def slug(device: torch.device) -> str:
-    """The name of the results file: the model of the GPU, or of the CPU with its widest instructions and its cores."""
+    """The name of the results file: the GPU's model, or the CPU's with widest ISA and cores."""
     info = describe(device)
     isa = info["isa"][0] if info["isa"] else "portable"
     name = info.get("gpu") or f"{info['cpu']} {isa} {info['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _version(module: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Timing two calls side by side, and what else is worth knowing about a call: its memory and this machine's limits."""
+"""Timing two calls side by side; the memory of a call; this machine's limits."""
 
 from __future__ import annotations
 
@@ -41,10 +41,13 @@ def seconds(run: Thunk) -> float:
     return time.perf_counter() - start
 
 
-def time_beside(benchmark: Any, call: Thunk, baseline: Thunk, device: torch.device, calls: int = 0) -> dict[str, float]:
+def time_beside(
+    benchmark: Any, call: Thunk, baseline: Thunk, device: torch.device, calls: int = 0
+) -> dict[str, float]:
     """Time `call` with pytest-benchmark, one call of `baseline` right before each round of it.
 
-    Both see the same clock frequency, neighbors and cache pressure, so their ratio holds on a busy machine too.
+    Both see the same clock frequency, neighbors and cache pressure, so their ratio holds on a busy
+    machine too.
 
     Returns:
         Medians in seconds a call, `ratio` = baseline / call, and its quartiles over the rounds.
@@ -60,7 +63,9 @@ def time_beside(benchmark: Any, call: Thunk, baseline: Thunk, device: torch.devi
     def timed() -> None:
         after.append(seconds(run))
 
-    benchmark.pedantic(timed, setup=lambda: before.append(seconds(run_baseline)), rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(
+        timed, setup=lambda: before.append(seconds(run_baseline)), rounds=rounds, warmup_rounds=1
+    )
     before, after = before[-rounds:], after[-rounds:]
     ratios = sorted(b / a for a, b in zip(after, before, strict=True))
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
@@ -76,7 +81,7 @@ def time_beside(benchmark: Any, call: Thunk, baseline: Thunk, device: torch.devi
 
 
 def saved_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes that one forward keeps for backward: every storage that autograd holds, parameters included, once each."""
+    """Bytes one forward keeps for backward: each storage once, parameters included."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -86,7 +91,8 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = forward()
-    # y keeps the graph, and with it every saved storage, alive up to here: no address is counted for two tensors.
+    # y keeps the graph, and with it every saved storage, alive up to here: no address is counted
+    # for two tensors.
     assert y.requires_grad
     return sum(storages.values())
 
@@ -111,7 +117,7 @@ def _best(call: Thunk, device: torch.device, rounds: int = 9, calls: int = 1) ->
 
 @functools.cache
 def gemm_rate(precision: str, device: torch.device) -> float:
-    """flop/s of this machine's own matrix product, the best of nine: 1024^3 on a CPU, 8192^3 on a GPU."""
+    """flop/s of this machine's own matrix product, best of nine; 1024^3, on a GPU 8192^3."""
     n, calls = (8192, 5) if device.type == "cuda" else (1024, 1)
     dtype = torch.bfloat16 if precision in ("bf16", "bf16x3") else torch.float32
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -129,4 +135,5 @@ def copy_rate(device: torch.device) -> float:
     """bytes/s, read plus written, of copying 64 MiB (1 GiB on a GPU), the best of nine."""
     n = (1 << 30 if device.type == "cuda" else 1 << 26) // 4
     source, target = torch.ones(n, device=device), torch.empty(n, device=device)
-    return 8.0 * n / _best(lambda: target.copy_(source), device, calls=5 if device.type == "cuda" else 1)
+    calls = 5 if device.type == "cuda" else 1
+    return 8.0 * n / _best(lambda: target.copy_(source), device, calls=calls)

@@ -1,6 +1,7 @@
-"""Every way to compute a spectral convolution that is timed here, behind one call `(x, weight) -> y`.
+"""Every way to compute a spectral convolution that is timed here, as one call `(x, weight) -> y`.
 
-The baseline is the eager layer as the official DSNO project (axes B, T, C, H, W) and FNO-1d (axes B, C, L) write it.
+The baseline is the eager layer as the official DSNO project (axes B, T, C, H, W) and FNO-1d (axes
+B, C, L) write it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _compiled(shape: Shape, precision: str, device: torch.device) -> Call:
 
 
 def dft_tables(T: int, modes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """F `[M, T]` and G `[T, M]`: x -> its real coefficients (bin 0, Nyquist, then Re, Im of each other bin) -> y."""
+    """F `[M, T]`, x to bin 0, Nyquist, then Re, Im of each other bin; and G `[T, M]`, back to y."""
     nyquist = 2 * (modes - 1) == T
     k = torch.tensor([0, *([T // 2] if nyquist else [])], dtype=torch.float64)
     t = torch.arange(T, dtype=torch.float64)
@@ -83,7 +84,7 @@ def dft_tables(T: int, modes: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 class RealGemm(torch.autograd.Function):
-    """The layer as real matrix products: z = F x, one real block product a mode, y = G z. What PyTorch alone can do."""
+    """What PyTorch alone can do: z = F x, one real block product a mode, y = G z."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, F: Tensor, G: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[no-untyped-def]
@@ -131,7 +132,7 @@ def _synthesize(G: Tensor, z: Tensor, like: torch.Size) -> Tensor:
 
 
 def _blocks(weight: Tensor, M: int) -> tuple[Tensor, Tensor]:
-    """Real products `[n_real, O, I]` and, for each complex mode, `[[Wr, -Wi], [Wi, Wr]]` transposed to `[2O, 2I]`."""
+    """Matrices of the real modes `[n_real, O, I]` and of the complex ones `[.., 2O, 2I]`."""
     K = weight.shape[2]
     nyquist = M == 2 * K - 2
     W = weight.permute(3, 2, 1, 0)  # [2, K, O, I]
@@ -163,12 +164,14 @@ def _real_gemm(shape: Shape, precision: str, device: torch.device) -> Call:
 
 
 def _neuralop(shape: Shape, precision: str, device: torch.device) -> Call:
-    """neuraloperator's SpectralConv; it takes `(B, C, L)`, so a video pays for the change of layout, as its users do."""
+    """neuraloperator's SpectralConv. It takes `(B, C, L)`: other axes pay for a new layout."""
     try:
         from neuralop.layers.spectral_convolution import SpectralConv  # type: ignore[import-not-found]
     except ImportError as error:
         raise Unavailable(f"neuraloperator is not installed ({error})") from None
-    layer = SpectralConv(shape.channels, shape.channels, (2 * (shape.modes - 1),), bias=False).to(device)
+    layer = SpectralConv(shape.channels, shape.channels, (2 * (shape.modes - 1),), bias=False).to(
+        device
+    )
     for parameter in list(layer.parameters()):
         parameter.requires_grad_(False)
 
@@ -190,7 +193,9 @@ def _neuralop(shape: Shape, precision: str, device: torch.device) -> Call:
 def _ours(backend: str) -> Peer:
     def make(shape: Shape, precision: str, device: torch.device) -> Call:
         for op in ("spectral_conv", "spectral_conv_weight_grad"):
-            reason = backends.unsupported(backend, backends.Request(op, device, torch.float32, precision))
+            reason = backends.unsupported(
+                backend, backends.Request(op, device, torch.float32, precision)
+            )
             if reason:
                 raise Unavailable(f"backend {backend}: {reason}")
         return functools.partial(

@@ -1,8 +1,9 @@
-"""The shapes that are measured, the work and the traffic each one needs at least, and the speed-ups aimed at.
+"""The shapes that are measured, the work and traffic each needs, and the speed-ups aimed at.
 
-Letters: B batch, T time points, K kept modes, I and O channels, P pixels, N = B * P signals of a channel. Of K modes
-`R = n_real + 4 n_complex` real I x O products reach y (bin 0 and Nyquist are real). So forward takes `2 N I O R` flop
-and reads x and W and writes y; backward takes twice that, reads x, dy and W and writes dx and dW.
+Letters: B batch, T time points, K kept modes, I and O channels, P pixels, N = B * P signals of a
+channel. Of K modes `R = n_real + 4 n_complex` real I x O products reach y (bin 0 and Nyquist are
+real). So forward takes `2 N I O R` flop and reads x and W and writes y; backward takes twice that,
+reads x, dy and W and writes dx and dW.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ PASSES = ("forward", "forward_backward")
 
 @dataclass(frozen=True)
 class Shape:
-    """One spectral convolution: the size of x, which axes are time and channels, and K. I = O throughout."""
+    """One spectral convolution with I = O: the size of x, its time and channel axes, and K."""
 
     name: str
     title: str
@@ -25,7 +26,8 @@ class Shape:
     channel_dim: int = 2
     # Speed-up over the eager layer that this library aims at, for each (precision, pass).
     targets: dict[tuple[str, str], float] = field(default_factory=dict, compare=False)
-    compiled: bool = True  # torch.compile of the eager layer takes half a minute a shape: not at every GPU shape
+    # Whether torch.compile of the eager layer is measured: it takes half a minute a shape.
+    compiled: bool = True
 
     @property
     def T(self) -> int:
@@ -56,7 +58,7 @@ class Shape:
         return forward * (1 if direction == "forward" else 3)
 
     def least_bytes(self, direction: str, itemsize: int = 4) -> float:
-        """Bytes that any implementation moves: each tensor once; the backward reads x and dy once for both gradients."""
+        """Bytes that must move: backward reads x and dy once for both gradients."""
         x = self.elements * itemsize
         weight = self.real_coefficients * self.channels**2 * 4
         return 2.0 * x + weight if direction == "forward" else 5.0 * x + 3 * weight
@@ -106,28 +108,50 @@ CPU_SHAPES = (
 
 def _cifar(batch: int, side: int) -> Shape:
     title = f"CIFAR-10, B={batch}, {side} x {side}, C=256"
-    return Shape(f"cifar_b{batch}_{side}", title, (batch, 4, 256, side, side), 2, compiled=batch == 32 and side == 32)
+    return Shape(
+        f"cifar_b{batch}_{side}",
+        title,
+        (batch, 4, 256, side, side),
+        2,
+        compiled=batch == 32 and side == 32,
+    )
 
 
 def _imagenet(batch: int, side: int, channels: int) -> Shape:
     title = f"ImageNet-64, B={batch}, {side} x {side}, C={channels}"
-    return Shape(f"imagenet_b{batch}_{side}", title, (batch, 4, channels, side, side), 2, compiled=False)
+    return Shape(
+        f"imagenet_b{batch}_{side}", title, (batch, 4, channels, side, side), 2, compiled=False
+    )
 
 
 def _long(T: int, batch: int, side: int, channels: int, modes: int) -> Shape:
     title = f"T={T}, B={batch}, {side} x {side}, C={channels}, K={modes}"
     name = f"t{T}_{side}_c{channels}_k{modes}"
-    return Shape(name, title, (batch, T, channels, side, side), modes, compiled=T == 16 and side == 32)
+    return Shape(
+        name, title, (batch, T, channels, side, side), modes, compiled=T == 16 and side == 32
+    )
 
 
 def _fno(modes: int) -> Shape:
     title = f"FNO-1d, B=64, L=1024, C=64, K={modes}"
-    return Shape(f"fno_k{modes}", title, (64, 64, 1024), modes, time_dim=2, channel_dim=1, compiled=modes == 32)
+    return Shape(
+        f"fno_k{modes}",
+        title,
+        (64, 64, 1024),
+        modes,
+        time_dim=2,
+        channel_dim=1,
+        compiled=modes == 32,
+    )
 
 
 GPU_SHAPES = (
     *(_cifar(batch, side) for batch in (32, 128) for side in (32, 16, 8)),
-    *(_imagenet(batch, side, C) for batch in (8, 32) for side, C in ((64, 192), (32, 384), (16, 576), (8, 768))),
+    *(
+        _imagenet(batch, side, C)
+        for batch in (8, 32)
+        for side, C in ((64, 192), (32, 384), (16, 576), (8, 768))
+    ),
     _long(16, 8, 32, 256, 8),
     _long(16, 8, 16, 64, 8),
     _long(64, 4, 32, 256, 16),
@@ -136,7 +160,10 @@ GPU_SHAPES = (
     *(_fno(modes) for modes in (16, 32, 64)),
 )
 
-SAVED_TARGET = ("A", 1.1)  # tensors of x's size that forward may keep for backward at that shape, weight included
+SAVED_TARGET = (
+    "A",
+    1.1,
+)  # tensors of x's size that forward may keep for backward at that shape, weight included
 
 
 def shapes(device: str) -> tuple[Shape, ...]:

@@ -1,7 +1,8 @@
 """Builds the one extension module, `dsno_kernels._C`; everything else stands in pyproject.toml.
 
-torch is never imported, so the wheel fits every torch version and builds in isolation. Object files have their own
-flags: `csrc/cpu/isa/*.cpp` is compiled once for each instruction set, `csrc/cuda/*.cu` by nvcc, the rest once.
+torch is never imported, so the wheel fits every torch version and builds in isolation. Object files
+have their own flags: `csrc/cpu/isa/*.cpp` is compiled once for each instruction set,
+`csrc/cuda/*.cu` by nvcc, the rest once.
 
 Environment:
     DSNO_KERNELS_BUILD_CUDA   auto (default): CUDA where nvcc is found; 1: required; 0: never
@@ -29,7 +30,15 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mavx2"]
 # One row an instruction set; csrc/cpu/dispatch.cpp chooses among them at run time.
 ISA_FLAGS = {
@@ -47,7 +56,7 @@ def fail(message: str) -> NoReturn:
 
 
 class Job(NamedTuple):
-    """One compilation: `command` makes `output` from `source` and lists the headers it read in `output`.d."""
+    """A compilation of `source` to `output`; the headers it read are listed in `output`.d."""
 
     source: Path
     output: Path
@@ -83,7 +92,10 @@ def gencode_flags(archs: str) -> list[str]:
     for arch in re.split(r"[;,\s]+", archs.strip(" ;,")):
         match = re.fullmatch(r"(\d+)\.(\d[a-f]?)(\+PTX)?", arch)
         if match is None:
-            fail(f"TORCH_CUDA_ARCH_LIST holds {arch!r}; accepted: entries like 8.0, 9.0a or 9.0+PTX, joined by ';'")
+            fail(
+                f"TORCH_CUDA_ARCH_LIST holds {arch!r}; "
+                "accepted: entries like 8.0, 9.0a or 9.0+PTX, joined by ';'"
+            )
         number = match[1] + match[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[3]:
@@ -102,15 +114,21 @@ def find_cuda() -> Cuda | None:
         where = os.environ.get("CUDA_HOME") or "PATH and /usr/local/cuda"
         if wanted == "1":
             fail(
-                f"DSNO_KERNELS_BUILD_CUDA=1, but nvcc was not found in {where}; install the CUDA toolkit, "
-                "set CUDA_HOME, or unset DSNO_KERNELS_BUILD_CUDA"
+                f"DSNO_KERNELS_BUILD_CUDA=1, but nvcc was not found in {where}; "
+                "install the CUDA toolkit, set CUDA_HOME, or unset DSNO_KERNELS_BUILD_CUDA"
             )
         print(f"dsno_kernels: building without the CUDA C++ kernels: nvcc was not found in {where}")
         return None
     report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release (\d+\.\d+)", report)
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
-    flags = ["-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all"]
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-cudart=static",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        "-Xfatbin=-compress-all",
+    ]
     if os.environ.get("CXX"):
         flags.append(f"-ccbin={os.environ['CXX']}")
     flags += gencode_flags(archs) + os.environ.get("NVCC_FLAGS", "").split()
@@ -127,7 +145,9 @@ def accepts(cxx: str, flags: list[str], scratch: Path) -> bool:
 def default_jobs() -> int:
     if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"]))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
@@ -144,15 +164,25 @@ def ninja_escape(text: str) -> str:
     return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def run_ninja(ninja: str, jobs: list[Job], link: list[str], output: Path, inputs: list[str], folder: Path) -> None:
+def run_ninja(
+    ninja: str, jobs: list[Job], link: list[str], output: Path, inputs: list[str], folder: Path
+) -> None:
     """Build incrementally: ninja compares commands, sources and the headers in the depfiles."""
-    lines = ["ninja_required_version = 1.3", "rule run", "  command = $cmd", "  deps = gcc", "  depfile = $out.d"]
+    lines = [
+        "ninja_required_version = 1.3",
+        "rule run",
+        "  command = $cmd",
+        "  deps = gcc",
+        "  depfile = $out.d",
+    ]
     lines += ["  description = $in", "rule link", "  command = $cmd", "  description = link $out"]
     for job in jobs:
         lines.append(f"build {ninja_escape(str(job.output))}: run {ninja_escape(str(job.source))}")
         lines.append("  cmd = " + " ".join(job.command).replace("$", "$$"))
     objects = " ".join(ninja_escape(str(job.output)) for job in jobs)
-    lines.append(f"build {ninja_escape(str(output))}: link {objects} | {' '.join(map(ninja_escape, inputs))}")
+    lines.append(
+        f"build {ninja_escape(str(output))}: link {objects} | {' '.join(map(ninja_escape, inputs))}"
+    )
     lines.append("  cmd = " + " ".join(link).replace("$", "$$"))
     write_if_changed(folder / "build.ninja", "\n".join(lines) + "\n")
     if subprocess.run([ninja, "-C", str(folder), "-j", str(default_jobs())]).returncode:
@@ -191,9 +221,11 @@ class BuildExtension(build_ext):
         cuda, cxx = find_cuda(), find_cxx()
         isas = self.instruction_sets(cxx, folder)
         self.write_config(folder, cxx, cuda, isas)
-        jobs = self.cxx_jobs(cxx, cuda, isas, folder) + (self.cuda_jobs(cuda, folder) if cuda else [])
+        jobs = self.cxx_jobs(cxx, cuda, isas, folder) + (
+            self.cuda_jobs(cuda, folder) if cuda else []
+        )
 
-        # Only the module's entry point is visible: no symbol of the static CUDA runtime or of libstdc++'s templates.
+        # Only the module's entry point is visible, not the static CUDA runtime or std's templates.
         exports = folder / "exports.map"
         write_if_changed(exports, "{ global: PyInit__C; local: *; };\n")
         objects = [str(job.output) for job in jobs]
@@ -201,7 +233,10 @@ class BuildExtension(build_ext):
         if cuda:
             linker = [cuda.nvcc, "-shared", "-cudart=static"]
             linker += [f"-ccbin={os.environ['CXX']}"] if os.environ.get("CXX") else []
-            options = [f"-Xlinker={option}" for option in (f"--version-script={exports}", "--exclude-libs=ALL", "-s")]
+            options = [
+                f"-Xlinker={option}"
+                for option in (f"--version-script={exports}", "--exclude-libs=ALL", "-s")
+            ]
         else:
             linker = [*cxx.split(), "-shared"]
             options = [f"-Wl,--version-script={exports}", "-Wl,--exclude-libs,ALL", "-s"]
@@ -225,8 +260,14 @@ class BuildExtension(build_ext):
 
     @staticmethod
     def write_config(folder: Path, cxx: str, cuda: Cuda | None, isas: dict[str, list[str]]) -> None:
-        compiler = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True).stdout.split("\n")[0]
-        parts = [compiler, "CPU: " + " ".join(isas), f"CUDA: {cuda.version} for {cuda.archs}" if cuda else "no CUDA"]
+        compiler = subprocess.run(
+            [*cxx.split(), "--version"], capture_output=True, text=True
+        ).stdout.split("\n")[0]
+        parts = [
+            compiler,
+            "CPU: " + " ".join(isas),
+            f"CUDA: {cuda.version} for {cuda.archs}" if cuda else "no CUDA",
+        ]
         values = {
             "DSNO_BUILD_INFO": "; ".join(parts),
             "DSNO_CUDA_VERSION": cuda.version if cuda else "",
@@ -236,13 +277,22 @@ class BuildExtension(build_ext):
         write_if_changed(folder / "build_config.h", "#pragma once\n" + "\n".join(lines) + "\n")
 
     @staticmethod
-    def cxx_jobs(cxx: str, cuda: Cuda | None, isas: dict[str, list[str]], folder: Path) -> list[Job]:
+    def cxx_jobs(
+        cxx: str, cuda: Cuda | None, isas: dict[str, list[str]], folder: Path
+    ) -> list[Job]:
         import pybind11
 
-        includes = [sysconfig.get_path("include"), pybind11.get_include(), str(folder), str(ROOT / "csrc")]
+        includes = [
+            sysconfig.get_path("include"),
+            pybind11.get_include(),
+            str(folder),
+            str(ROOT / "csrc"),
+        ]
         bindings = ROOT / "python_bindings"
         base = [*CXX_FLAGS, *os.environ.get("CXXFLAGS", "").split()]
-        base += [f"-isystem{path}" for path in includes[:2]] + [f"-I{path}" for path in includes[2:]]
+        base += [f"-isystem{path}" for path in includes[:2]] + [
+            f"-I{path}" for path in includes[2:]
+        ]
         base += ["-DDSNO_KERNELS_CUDA"] if cuda else []
         base += ["-DDSNO_KERNELS_CPU"] if (bindings / "bind_cpu.cpp").exists() else []
         base += [f"-DDSNO_WITHOUT_{name.upper()}" for name in ISA_FLAGS if name not in isas]
@@ -251,7 +301,10 @@ class BuildExtension(build_ext):
             if cuda or source.name != "bind_cuda.cpp":
                 rows.append((source, source.stem, []))
         for source in sorted((ROOT / "csrc" / "cpu" / "isa").glob("*.cpp")):
-            rows += [(source, f"{source.stem}.{isa}", [f"-DDSNO_ISA={isa}", *flags]) for isa, flags in isas.items()]
+            rows += [
+                (source, f"{source.stem}.{isa}", [f"-DDSNO_ISA={isa}", *flags])
+                for isa, flags in isas.items()
+            ]
         jobs = []
         for source, stem, flags in rows:
             output = folder / f"{stem}.o"
@@ -264,13 +317,23 @@ class BuildExtension(build_ext):
         jobs = []
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             output = folder / f"{source.stem}.cuda.o"
-            command = [cuda.nvcc, *cuda.flags, "-MMD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
+            command = [
+                cuda.nvcc,
+                *cuda.flags,
+                "-MMD",
+                "-MF",
+                f"{output}.d",
+                "-c",
+                str(source),
+                "-o",
+                str(output),
+            ]
             jobs.append(Job(source, output, command))
         return jobs
 
 
 class BuildPython(build_py):
-    """Ships the CUDA device code inside the package, where the run-time compiler (NVRTC) looks for it."""
+    """Ships the CUDA device code inside the package, for run-time compilation with NVRTC."""
 
     def run(self) -> None:
         super().run()
@@ -285,7 +348,8 @@ if sys.platform.startswith("linux"):
     extensions = [Extension("dsno_kernels._C", sources=[])]
 else:
     print(
-        f"dsno_kernels: the compiled kernels are for Linux; {sys.platform} gets the PyTorch reference"
+        "dsno_kernels: the compiled kernels are for Linux; "
+        f"{sys.platform} gets the PyTorch reference"
     )
     extensions = []
 

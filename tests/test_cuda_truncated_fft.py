@@ -1,7 +1,8 @@
-"""The CUDA C++ transforms: the same device code and the same plans as on a GPU, executed on the CPU under sanitizers."""
+"""The CUDA C++ transforms: device code and plans of the GPU, run on the CPU under sanitizers."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
 import subprocess
@@ -17,9 +18,15 @@ from tests.helpers import FLOAT64, assert_close
 
 ROOT = Path(__file__).parents[1]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-# float32 sums of at most 512 folded terms: 0.25 * 2^-24 * sqrt(512) = 3e-7, and 3e-8 for the rounding of the table.
+# float32 sums of at most 512 folded terms: 0.4 * 2^-24 * sqrt(512) = 5.4e-7; the rounding of the
+# table adds 3e-8 in quadrature.
 FLOAT32 = 6e-7
-BUDGETS = {torch.float64: FLOAT64, torch.float32: FLOAT32, torch.float16: FLOAT32, torch.bfloat16: FLOAT32}
+BUDGETS = {
+    torch.float64: FLOAT64,
+    torch.float32: FLOAT32,
+    torch.float16: FLOAT32,
+    torch.bfloat16: FLOAT32,
+}
 
 Views = dict[str, Callable[[tuple[int, ...]], Tensor]]
 
@@ -100,7 +107,16 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("g++ is not installed")
     program = tmp_path_factory.mktemp("shim") / "run_truncated_fft"
     source = ROOT / "tests" / "cuda_shim" / "run_truncated_fft.cpp"
-    flags = ["-std=c++20", "-O1", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-g",
+        "-fno-strict-aliasing",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        "-pthread",
+    ]
     includes = [f"-I{source.parent}", f"-I{ROOT / 'csrc' / 'cuda'}"]
     command = ["g++", *flags, *SANITIZE, *includes, str(source), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
@@ -114,8 +130,10 @@ def memory_of(x: Tensor) -> bytes:
     return bytes(x.as_strided((reach,), (1,)).view(torch.uint8).numpy())
 
 
-def execute(shim: Path, x: Tensor, dim: int, count: int, inverse: bool, offset: int = 0) -> tuple[Tensor, str]:
-    """One transform of a CPU tensor by the device code; the result and the kernel that was planned."""
+def execute(
+    shim: Path, x: Tensor, dim: int, count: int, inverse: bool, offset: int = 0
+) -> tuple[Tensor, str]:
+    """One transform of a CPU tensor by the device code; the result and the planned kernel."""
     kind = cuda.TYPES[x.dtype]
     plan = cuda.plan(x.shape, x.stride(), kind, dim, count, inverse, offset)
     if plan is None:
@@ -131,7 +149,9 @@ def execute(shim: Path, x: Tensor, dim: int, count: int, inverse: bool, offset: 
     sizes = len(data), output.numel() * output.element_size(), len(rows)
     cases, results = shim.parent / "cases", shim.parent / "results"
     head = struct.pack("<7q", len(name), plan.grid, len(plan.numbers), offset, *sizes)
-    cases.write_bytes(head + name + struct.pack(f"<{len(plan.numbers)}q", *plan.numbers) + data + rows)
+    cases.write_bytes(
+        head + name + struct.pack(f"<{len(plan.numbers)}q", *plan.numbers) + data + rows
+    )
     ran = subprocess.run([str(shim), str(cases), str(results)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     found = torch.frombuffer(bytearray(results.read_bytes()), dtype=dtype)
@@ -140,7 +160,11 @@ def execute(shim: Path, x: Tensor, dim: int, count: int, inverse: bool, offset: 
 
 def spectrum_view(view: str, shape: tuple[int, ...]) -> Tensor:
     """A spectrum as real pairs: pairs adjacent, except where the view itself separates them."""
-    return torch.stack((VIEWS[view](shape), VIEWS[view](shape)), -1) if view == "dense" else planar(view, shape)
+    return (
+        torch.stack((VIEWS[view](shape), VIEWS[view](shape)), -1)
+        if view == "dense"
+        else planar(view, shape)
+    )
 
 
 def planar(view: str, shape: tuple[int, ...]) -> Tensor:
@@ -148,7 +172,10 @@ def planar(view: str, shape: tuple[int, ...]) -> Tensor:
     part = VIEWS[view](shape)
     both = torch.randn(2, part.numel(), dtype=torch.float64)
     dense_strides = torch.empty_like(part).stride()
-    strides = [0 if stride == 0 else dense for stride, dense in zip(part.stride(), dense_strides, strict=True)]
+    strides = [
+        0 if stride == 0 else dense
+        for stride, dense in zip(part.stride(), dense_strides, strict=True)
+    ]
     return both.as_strided((*shape, 2), (*strides, both.stride(0)))
 
 
@@ -170,15 +197,138 @@ def test_truncated_rfft(
     shim: Path, shape: tuple[int, ...], dim: int, modes: int, view: str, dtype: torch.dtype
 ) -> None:
     x = convert(VIEWS[view](shape), dtype)
-    actual, _ = execute(shim, x, dim, modes, inverse=False, offset=x.storage_offset() * x.element_size() % 16)
+    actual, _ = execute(
+        shim, x, dim, modes, inverse=False, offset=x.storage_offset() * x.element_size() % 16
+    )
     expected = reference.truncated_rfft(x.double(), modes, dim=dim)
     assert_close(actual, expected, BUDGETS[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "dim", "n", "view"), IRFFT_CASES)
-def test_truncated_irfft(shim: Path, shape: tuple[int, ...], dim: int, n: int, view: str, dtype: torch.dtype) -> None:
+def test_truncated_irfft(
+    shim: Path, shape: tuple[int, ...], dim: int, n: int, view: str, dtype: torch.dtype
+) -> None:
     spectrum = convert(spectrum_view(view, shape), dtype)
     actual, _ = execute(shim, spectrum, dim, n, inverse=True)
     expected = reference.truncated_irfft(spectrum.double(), n, dim=dim)
     assert_close(actual, expected, BUDGETS[dtype])
+
+
+def planned(
+    shape: tuple[int, ...], dim: int, count: int, view: str, dtype: torch.dtype, inverse: bool
+) -> str:
+    x = convert(spectrum_view(view, shape) if inverse else VIEWS[view](shape), dtype)
+    plan = cuda.plan(x.shape, x.stride(), cuda.TYPES[dtype], dim, count, inverse, 0)
+    return plan.kernel if plan else ""
+
+
+def test_the_cases_reach_every_kernel(shim: Path) -> None:
+    names = set(
+        subprocess.run([str(shim)], capture_output=True, text=True, check=True).stdout.split()
+    )
+    reached = set()
+    for inverse, cases in ((False, RFFT_CASES), (True, IRFFT_CASES)):
+        for shape, dim, count, view in (case.values for case in cases):
+            reached |= {planned(shape, dim, count, view, dtype, inverse) for dtype in DTYPES}
+    assert reached - {""} == names
+
+
+def test_the_plans_and_the_device_code_name_the_same_kernels() -> None:
+    source = (ROOT / "csrc" / "cuda" / "truncated_fft.cuh").read_text()
+    defined = re.findall(r"X\((truncated_(i?)rfft_columns_(\w+)_v(\d)_c(\d)),", source)
+    pairs = {(bool(inverse), kind, int(v), int(c)) for _, inverse, kind, v, c in defined}
+    assert pairs == {
+        (*key, *variant) for key, variants in cuda.VARIANTS.items() for variant in variants
+    }
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 4096])
+def test_twiddles_are_exact_and_dead_parts_are_zero(n: int) -> None:
+    table = cuda.twiddles(n, n // 2 + 1, inverse=False)
+    live = torch.polar(
+        torch.ones(n, dtype=torch.float64),
+        torch.arange(n, dtype=torch.float64) * (-2 * torch.pi / n),
+    )
+    phase = torch.arange(n // 2 + 1)[:, None] * torch.arange(n // 2 + 1) % n
+    assert_close(torch.view_as_complex(table)[:, : n // 2 + 1], live[phase], FLOAT64)
+    assert table[0, :, 1].abs().max() == 0
+    assert table[:, 0, 1].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("n", "layout"), [(8, (8, 6)), (8, (8, 8)), (70, (2, 70))], ids=["scalar", "vector", "rows"]
+)
+def test_bins_without_an_imaginary_part(shim: Path, n: int, layout: tuple[int, ...]) -> None:
+    """They come out as exactly zero, and what stands in their place never reaches the result."""
+    dim = layout.index(n)
+    x = torch.randn(layout)
+    spectrum, _ = execute(shim, x, dim, n // 2 + 1, inverse=False)
+    dead = spectrum.select(-1, 1).index_select(dim, torch.tensor([0, n // 2]))
+    assert dead.abs().max() == 0
+    dead_index = [slice(None)] * spectrum.ndim
+    dead_index[dim], dead_index[-1] = torch.tensor([0, n // 2]), 1
+    spectrum[tuple(dead_index)] = torch.nan
+    back, _ = execute(shim, spectrum, dim, n, inverse=True)
+    assert_close(back, x.double(), FLOAT32)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (4, 70)], ids=["columns", "rows"])
+def test_nan_stays_in_its_transform(shim: Path, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    x[1, 3] = torch.nan
+    spectrum, _ = execute(shim, x, 1, 3, inverse=False)
+    assert spectrum[1, :, 0].isnan().all()
+    assert not spectrum[[0, 2, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(5, 16, 9), (40, 130)], ids=["columns", "rows"])
+def test_two_runs_are_bit_equal(shim: Path, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    first, _ = execute(shim, x, 1, 5, inverse=False)
+    second, _ = execute(shim, x, 1, 5, inverse=False)
+    assert torch.equal(first, second)
+
+
+def test_offsets_are_64_bit() -> None:
+    """A plan for 2^33 elements keeps its numbers whole; the kernels hold them as `long long`."""
+    plan = cuda.plan((2, 4, 2**30), (2**32, 2**30, 1), "f32", 1, 2, False, 0)
+    assert plan is not None
+    assert plan.numbers[5] == 2**32
+    assert plan.grid < 2**31
+    source = (ROOT / "csrc" / "cuda" / "truncated_fft.cuh").read_text()
+    body = source[
+        source.index("struct TruncatedFftParams") : source.index("constexpr i64 kSegment")
+    ]
+    types = set(re.findall(r"^    ([\w* ]+) \w+[,;]", body, re.MULTILINE))
+    assert types == {"i64", "const void*", "void*"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dim", "modes", "view"), RFFT_CASES)
+def test_truncated_rfft_on_the_device(
+    shape: tuple[int, ...], dim: int, modes: int, view: str, dtype: torch.dtype
+) -> None:
+    x = convert(VIEWS[view](shape), dtype)
+    device = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).cuda()
+    actual = cuda.truncated_rfft(
+        device.as_strided(x.shape, x.stride(), x.storage_offset()), modes, dim=dim
+    )
+    assert_close(actual, reference.truncated_rfft(x.double(), modes, dim=dim), BUDGETS[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dim", "n", "view"), IRFFT_CASES)
+def test_truncated_irfft_on_the_device(
+    shape: tuple[int, ...], dim: int, n: int, view: str, dtype: torch.dtype
+) -> None:
+    x = convert(spectrum_view(view, shape), dtype)
+    device = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).cuda()
+    actual = cuda.truncated_irfft(
+        device.as_strided(x.shape, x.stride(), x.storage_offset()), n, dim=dim
+    )
+    assert_close(actual, reference.truncated_irfft(x.double(), n, dim=dim), BUDGETS[dtype])

@@ -7,6 +7,8 @@ namespace dsno {
 using i64 = long long;
 
 constexpr int kThreads = 128;
+// Blocks that fit a multiprocessor at once: 168 registers a thread, which no kernel exceeds.
+constexpr int kBlocks = 3;
 
 // 16-bit floats are carried as bits: no header of the CUDA toolkit is needed at run time.
 struct Half {

@@ -280,10 +280,10 @@ __device__ inline void truncated_fft_rows(const TruncatedFftParams& p) {
     X(truncated_irfft_rows_f64, (dsno::truncated_fft_rows<true, double>))
 // clang-format on
 
-#define DSNO_DEFINE_KERNEL(name, function)                       \
-    extern "C" __global__ void __launch_bounds__(dsno::kThreads) \
-        name(const dsno::TruncatedFftParams params) {            \
-        function(params);                                        \
+#define DSNO_DEFINE_KERNEL(name, function)                                      \
+    extern "C" __global__ void __launch_bounds__(dsno::kThreads, dsno::kBlocks) \
+        name(const dsno::TruncatedFftParams params) {                           \
+        function(params);                                                       \
     }
 DSNO_TRUNCATED_FFT_KERNELS(DSNO_DEFINE_KERNEL)
 #undef DSNO_DEFINE_KERNEL

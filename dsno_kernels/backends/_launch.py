@@ -15,28 +15,29 @@ def _several_devices() -> bool:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Make `device` the current one; does nothing, and costs nothing, where there is only one."""
+    """Make `device` the current one; costs nothing where there is only one."""
     if device.type != "cuda" or not _several_devices():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
 def raw_stream(device: torch.device) -> int:
-    """The current stream of `device` as an integer, the `cudaStream_t` that kernels are launched on."""
+    """The current stream of `device`, the `cudaStream_t` that kernels are launched on."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return int(torch._C._cuda_getCurrentRawStream(index))
 
 
 def device_code_folder() -> Path:
-    """The folder of the `.cuh` files: beside the installed package, or `csrc/cuda` of a checkout."""
+    """The folder of the `.cuh` files: in the installed package, or `csrc/cuda` of a checkout."""
     installed = Path(__file__).parents[1] / "csrc"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "csrc" / "cuda"
 
 
 def uncovered_capability(capability: tuple[int, int], archs: str) -> str | None:
-    """Why device code for `archs` ("8.0;8.6;9.0+PTX") does not run on a GPU of this compute capability, or None.
+    """Why device code for `archs` ("8.0;8.6;9.0+PTX") does not run on a GPU, or None.
 
-    Device code for X.Y runs on X.Z with Z >= Y; PTX of X.Y is compiled by the driver for everything newer.
+    Device code for X.Y runs on X.Z with Z >= Y; the driver compiles PTX of X.Y for all that is
+    newer.
     """
     for arch in archs.split(";"):
         number, _, ptx = arch.strip().partition("+")
@@ -45,6 +46,9 @@ def uncovered_capability(capability: tuple[int, int], archs: str) -> str | None:
                 return None
             continue
         major, minor = (int(part) for part in number.split("."))
-        if (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability):
+        if (major == capability[0] and minor <= capability[1]) or (
+            ptx and (major, minor) <= capability
+        ):
             return None
-    return f"its device code is for compute capability {archs}, and this GPU has {capability[0]}.{capability[1]}"
+    found = f"{capability[0]}.{capability[1]}"
+    return f"its device code is for compute capability {archs}, and this GPU has {found}"

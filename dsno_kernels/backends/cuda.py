@@ -1,8 +1,8 @@
-"""The CUDA C++ backend: `truncated_rfft` and `truncated_irfft` along any axis (csrc/cuda/truncated_fft.cuh).
+"""The CUDA C++ backend: the truncated transforms along any axis (csrc/cuda/truncated_fft.cuh).
 
-A transform is planned here, once for each shape: the axes before and after the transformed one become a batch and a
-column axis, one of them side by side in memory where possible, and the plan names a kernel, its grid and its numbers.
-The tests run the same plans on the CPU.
+A transform is planned here, once for each shape: the axes before and after the transformed one
+become a batch and a column axis, one of them side by side in memory where possible, and the plan
+names a kernel, its grid and its numbers. The tests run the same plans on the CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VARIANTS = {
 
 
 class Plan(NamedTuple):
-    """A launch: `numbers` are the fields of TruncatedFftParams after its pointers, in their order."""
+    """A launch; `numbers` are the fields of TruncatedFftParams after its pointers, in order."""
 
     kernel: str
     grid: int
@@ -60,6 +60,8 @@ def _extension() -> tuple[ModuleType | None, str | None]:
         return None, f"the extension dsno_kernels._C is missing ({error}); {how}"
     if not _C.cuda_version:
         return None, f"the extension was built without CUDA; {how}"
+    if not hasattr(_C, "cuda_truncated_fft"):
+        return None, f"the extension is older than this source; {how}"
     return _C, None
 
 
@@ -81,16 +83,17 @@ def unsupported(request: Request) -> str | None:
     module, reason = _extension()
     if module is None:
         return reason
-    return _driver_too_old(module.cuda_driver_version(), module.cuda_version) or uncovered_capability(
-        torch.cuda.get_device_capability(request.device), module.cuda_archs
-    )
+    return _driver_too_old(
+        module.cuda_driver_version(), module.cuda_version
+    ) or uncovered_capability(torch.cuda.get_device_capability(request.device), module.cuda_archs)
 
 
 def twiddles(n: int, modes: int, inverse: bool) -> Tensor:
-    """The table of (c, s) in float64, [pairs, pitch, 2] with bins in a row or, inverse, [modes, pitch, 2] with pairs.
+    """The table of (c, s) in float64: `[pairs, pitch, 2]`, or inverse `[modes, pitch, 2]`.
 
-    c = a cos(2 pi k t / n) and s = -a sin(2 pi k t / n), with a = 1 forward and alpha_k / n inverse. Rows end in zeros
-    up to a multiple of 8, the most outputs of one thread.
+    c = a cos(2 pi k t / n) and s = -a sin(2 pi k t / n), with a = 1 forward and alpha_k / n
+    inverse. A row holds all bins (inverse: all pairs of times) and ends in zeros up to a multiple
+    of 8, the most outputs of one thread.
     """
     t, k = torch.arange(n // 2 + 1), torch.arange(modes)
     # Reduced to one turn in integers, so that long transforms stay exact.
@@ -119,16 +122,25 @@ class _Axis(NamedTuple):
 
 
 def _variant(
-    kind: str, inverse: bool, outputs: int, batch: _Axis, column: _Axis, step: int, part: int, offset: int
+    kind: str,
+    inverse: bool,
+    outputs: int,
+    batch: _Axis,
+    column: _Axis,
+    step: int,
+    part: int,
+    offset: int,
 ) -> tuple[int, int]:
-    """Columns and outputs of one thread: the first entry of VARIANTS that fits alignment and size."""
+    """Columns and outputs of a thread: the first entry of VARIANTS that fits size and alignment."""
     item = {"f64": 8, "f32": 4}.get(kind, 2)
     lead = 2 if inverse else 1
     dense = column.stride_in == lead and column.stride_out == 1 and (part == 1 or not inverse)
     for v, c in VARIANTS[inverse, kind]:
         align = min(16, v * lead * item)
         strides = (offset, step * item, batch.stride_in * item if batch.size > 1 else 0)
-        fits = v == 1 or (dense and column.size % v == 0 and all(stride % align == 0 for stride in strides))
+        fits = v == 1 or (
+            dense and column.size % v == 0 and all(stride % align == 0 for stride in strides)
+        )
         if fits and (c == 8 or outputs <= c):
             return v, c
     raise AssertionError(kind)
@@ -136,9 +148,15 @@ def _variant(
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    shape: tuple[int, ...], strides: tuple[int, ...], kind: str, dim: int, count: int, inverse: bool, offset: int
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    kind: str,
+    dim: int,
+    count: int,
+    inverse: bool,
+    offset: int,
 ) -> Plan | None:
-    """How to transform axis `dim` of an input; None where the axes before or after it do not merge into one stride.
+    """How to transform axis `dim`; None where the axes before or after it have no one stride.
 
     Args:
         shape, strides: of x or, inverse, of the spectrum with its last axis of pairs.
@@ -146,7 +164,10 @@ def plan(
         offset: address of the first element modulo 16 bytes.
     """
     axes = len(shape) - inverse
-    outer, inner = _merged(shape, strides, range(dim)), _merged(shape, strides, range(dim + 1, axes))
+    outer, inner = (
+        _merged(shape, strides, range(dim)),
+        _merged(shape, strides, range(dim + 1, axes)),
+    )
     if outer is None or inner is None:
         return None
     n, modes = (count, shape[dim]) if inverse else (shape[dim], count)
@@ -158,11 +179,14 @@ def plan(
     if column.size == 1 or (batch.size > 1 and 0 < batch.stride_in < column.stride_in):
         batch, column = column, batch
     numbers = (
-        n, modes, -(-terms_out // 8) * 8, batch.size, column.size, batch.stride_in, column.stride_in, step, part,
+        n, modes, -(-terms_out // 8) * 8, batch.size, column.size,
+        batch.stride_in, column.stride_in, step, part,
         batch.stride_out, column.stride_out, inner[0],
     )  # fmt: skip
     name = f"truncated_{'irfft' if inverse else 'rfft'}"
-    contiguous = inner[0] == 1 if inverse else step == 1 and not (column.size > 1 and column.stride_in == 1)
+    contiguous = (
+        inner[0] == 1 if inverse else step == 1 and not (column.size > 1 and column.stride_in == 1)
+    )
     if contiguous and n >= ROWS_FROM:
         lanes = min(THREADS, 1 << (terms_out - 1).bit_length())
         splits = -(-terms_out // lanes)
@@ -198,8 +222,8 @@ def _transform(x: Tensor, dim: int, count: int, inverse: bool) -> Tensor:
     assert module is not None
     with on_device(x.device):
         module.cuda_truncated_fft(
-            _kernel_ids()[chosen.kernel], chosen.grid, x.data_ptr(), output.data_ptr(), table.data_ptr(),
-            chosen.numbers, raw_stream(x.device),
+            _kernel_ids()[chosen.kernel], chosen.grid,
+            x.data_ptr(), output.data_ptr(), table.data_ptr(), chosen.numbers, raw_stream(x.device),
         )  # fmt: skip
     return output
 
@@ -210,5 +234,5 @@ def truncated_rfft(x: Tensor, modes: int, *, dim: int) -> Tensor:
 
 
 def truncated_irfft(spectrum: Tensor, n: int, *, dim: int) -> Tensor:
-    """`irfft` to length n of the first bins, given as real pairs `[..., K, ..., 2]`; the other bins are zero."""
+    """`irfft` to length n of the first bins, real pairs `[..., K, ..., 2]`; other bins are zero."""
     return _transform(spectrum, dim, n, inverse=True)

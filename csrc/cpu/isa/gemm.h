@@ -1,0 +1,122 @@
+// Register-tiled products C[m][v] = sum over d of A[m][d] * B[d][v]: A broadcast, B and C rows of
+// vectors.
+#pragma once
+
+#include "simd.h"
+
+namespace DSNO_ISA {
+
+// Where the operands of one tile lie; strides in floats.
+struct Tile {
+    const float* a;
+    int64_t a_row, a_depth;
+    const float* b;
+    int64_t b_depth;
+    float* c;
+    int64_t c_row;
+    int64_t depth;
+};
+
+// kPacked: a_row is 1.
+template <int kM, int kN, bool kAccumulate, bool kPacked>
+static void gemm_tile(const Tile& tile) {
+    Vec acc[kM][kN];
+#pragma GCC unroll 16
+    for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kN; ++v) {
+            acc[m][v] = kAccumulate ? load(tile.c + m * tile.c_row + v * kLanes) : zero();
+        }
+    }
+    // One pointer for three rows: the third lies within the reach of an address mode.
+    constexpr int kBases = kPacked ? 1 : (kM + 2) / 3;
+    const int64_t a_row = tile.a_row, a_depth = tile.a_depth, b_depth = tile.b_depth;
+    const float* base[kBases];
+#pragma GCC unroll 4
+    for (int j = 0; j < kBases; ++j) base[j] = tile.a + 3 * j * a_row;
+    const float* b = tile.b;
+    for (int64_t d = tile.depth; d > 0; --d) {
+        Vec row[kN];
+#pragma GCC unroll 4
+        for (int v = 0; v < kN; ++v) row[v] = load(b + v * kLanes);
+#pragma GCC unroll 16
+        for (int m = 0; m < kM; ++m) {
+            const Vec scalar = set1(kPacked ? base[0][m] : base[m / 3][m % 3 * a_row]);
+#pragma GCC unroll 4
+            for (int v = 0; v < kN; ++v) acc[m][v] = fma(scalar, row[v], acc[m][v]);
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < kBases; ++j) base[j] += a_depth;
+        b += b_depth;
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kN; ++v) store(tile.c + m * tile.c_row + v * kLanes, acc[m][v]);
+    }
+}
+
+template <int kN, bool kAccumulate, bool kPacked>
+DSNO_INLINE void gemm_rows(int rows, const Tile& tile) {
+    switch (rows) {
+        case 1:
+            return gemm_tile<1, kN, kAccumulate, kPacked>(tile);
+        case 2:
+            return gemm_tile<2, kN, kAccumulate, kPacked>(tile);
+        case 3:
+            return gemm_tile<3, kN, kAccumulate, kPacked>(tile);
+        case 4:
+            return gemm_tile<4, kN, kAccumulate, kPacked>(tile);
+        case 5:
+            return gemm_tile<5, kN, kAccumulate, kPacked>(tile);
+        case 6:
+            return gemm_tile<6, kN, kAccumulate, kPacked>(tile);
+#if defined(__AVX512F__)
+        case 7:
+            return gemm_tile<7, kN, kAccumulate, kPacked>(tile);
+        case 8:
+            return gemm_tile<8, kN, kAccumulate, kPacked>(tile);
+        case 9:
+            return gemm_tile<9, kN, kAccumulate, kPacked>(tile);
+        case 10:
+            return gemm_tile<10, kN, kAccumulate, kPacked>(tile);
+        case 11:
+            return gemm_tile<11, kN, kAccumulate, kPacked>(tile);
+        default:
+            return gemm_tile<12, kN, kAccumulate, kPacked>(tile);
+#else
+        default:
+            return;
+#endif
+    }
+}
+
+// One register tile of at most kRows rows and `vecs` (1 or 2) vectors.
+template <bool kPacked>
+static void gemm_block(int rows, int vecs, bool accumulate, const Tile& tile) {
+    if (vecs == 2) {
+        accumulate ? gemm_rows<2, true, kPacked>(rows, tile)
+                   : gemm_rows<2, false, kPacked>(rows, tile);
+    } else {
+        accumulate ? gemm_rows<1, true, kPacked>(rows, tile)
+                   : gemm_rows<1, false, kPacked>(rows, tile);
+    }
+}
+
+// Any number of rows and vectors.
+static inline void gemm(int64_t rows, int64_t vecs, bool accumulate, Tile tile) {
+    const Tile whole = tile;
+    // Equal blocks: a short last one would leave the multipliers waiting for their own results.
+    const int64_t blocks = ceil_div(rows, kRows), step = ceil_div(rows, blocks);
+    for (int64_t v = 0; v < vecs; v += kVecs) {
+        for (int64_t m = 0; m < rows; m += step) {
+            tile.a = whole.a + m * whole.a_row;
+            tile.b = whole.b + v * kLanes;
+            tile.c = whole.c + m * whole.c_row + v * kLanes;
+            gemm_block<false>(static_cast<int>(min64(step, rows - m)),
+                              static_cast<int>(min64(kVecs, vecs - v)), accumulate, tile);
+        }
+    }
+}
+
+}  // namespace DSNO_ISA

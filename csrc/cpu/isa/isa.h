@@ -1,0 +1,19 @@
+// The functions that one instruction set offers.
+#pragma once
+
+#include "../kernels.h"
+
+namespace DSNO_ISA {
+
+bool spectral_conv(const ConvArgs& args);
+bool spectral_conv_weight_grad(const WeightGradArgs& args);
+bool truncated_rfft(const TransformArgs& args);
+bool truncated_irfft(const TransformArgs& args);
+
+// Long signals that lie contiguous in memory have kernels of their own.
+bool rows_path_serves(const ConvArgs& args);
+bool spectral_conv_rows(const ConvArgs& args);
+bool rows_path_serves(const WeightGradArgs& args);
+bool spectral_conv_weight_grad_rows(const WeightGradArgs& args);
+
+}  // namespace DSNO_ISA

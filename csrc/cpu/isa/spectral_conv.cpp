@@ -1,0 +1,175 @@
+// spectral_conv for any layout: a task takes a few tiles of pixels, transforms all their channels
+// into a panel that stays in the cache, multiplies the panel by one block of output channels after
+// the other, and transforms each block back while it is hot, with bias, LeakyReLU, residual and
+// sign bits in the last write. x is read once, y written once.
+#include "../parallel.h"
+#include "engines.h"
+#include "isa.h"
+#include "writer.h"
+
+namespace DSNO_ISA {
+namespace {
+
+constexpr int64_t kPanelBytes =
+    512 << 10;  // of the panels of one task: a part of a core's second-level cache
+constexpr int kMaxTilesPerTask = 4;
+constexpr int64_t kPackChannels = 32;
+
+template <class Engine>
+struct Conv {
+    const ConvArgs& args;
+    Mixing mixing;
+    Reader reader;
+    Writer writer;
+    Term* terms;
+    int term_count;
+    int64_t step, blocks, tiles, tiles_per_task, tasks_per_batch;
+    int64_t block_bytes, plane_bytes, panel_bytes, worker_bytes;
+    char *weights, *workers;
+
+    explicit Conv(const ConvArgs& a)
+        : args(a),
+          mixing(a.K, a.analysis->imaginary, a.synthesis->imaginary, Engine::kGauss),
+          reader{a.x, a.x_positive, a.T, a.I, ceil_div(a.P, 8)},
+          writer(a) {}
+
+    int planes() const { return mixing.planes() * Engine::kParts; }
+    int64_t acc_stride() const { return step * kWidth; }
+
+    // Pieces of a worker's memory, in floats behind its panels.
+    int64_t acc_floats() const { return mixing.accumulators() * acc_stride(); }
+    int64_t channel_floats() const { return kLanes * max64(args.T, args.n) * kWidth; }
+    int64_t fold() const { return fold_floats(max64(args.T, args.n)); }
+    int64_t target_floats() const { return Engine::kChannels * mixing.planes() * kWidth; }
+    int64_t h_floats() const { return step * args.n * kWidth; }
+
+    bool prepare() {
+        step = Engine::step(args.O);
+        blocks = ceil_div(args.O, step);
+        plane_bytes = Engine::plane_bytes(args.I);
+        block_bytes = Engine::block_bytes(args.I, step);
+        panel_bytes = planes() * plane_bytes;
+        tiles = ceil_div(args.P, kWidth);
+        tiles_per_task = max64(1, min64(kMaxTilesPerTask, kPanelBytes / panel_bytes));
+        while (tiles_per_task > 1 && args.B * ceil_div(tiles, tiles_per_task) < 4 * args.threads)
+            --tiles_per_task;
+        tasks_per_batch = ceil_div(tiles, tiles_per_task);
+        const int64_t floats =
+            acc_floats() + 2 * channel_floats() + fold() + target_floats() + h_floats();
+        worker_bytes = round_up(tiles_per_task * panel_bytes + 4 * floats, 4096) + 64;
+        const int64_t term_bytes =
+            round_up(int64_t{sizeof(Term)} * mixing.max_terms() * (1 + 3), 64);
+        const int64_t max_terms = mixing.max_terms() * (Engine::kParts == 2 ? 3 : 1);
+        const int64_t weight_bytes = round_up(max_terms * blocks * block_bytes, 64);
+        char* memory = static_cast<char*>(
+            scratch(static_cast<size_t>(term_bytes + weight_bytes + worker_bytes * args.threads)));
+        if (!memory) return false;
+        terms = reinterpret_cast<Term*>(memory);
+        term_count = mixing.list(terms);
+        if (Engine::kParts == 2) {
+            Term* split = terms + mixing.max_terms();
+            term_count = split_terms(terms, term_count, split);
+            terms = split;
+        }
+        weights = memory + term_bytes;
+        workers = weights + weight_bytes;
+        return true;
+    }
+
+    const char* block(int term, int64_t ob) const {
+        return weights + (ob * term_count + term) * block_bytes;
+    }
+
+    static void pack_task(void* context, int64_t task, int) {
+        auto& self = *static_cast<Conv*>(context);
+        const ConvArgs& a = self.args;
+        const WeightView w{a.weight,   a.stride_i,    a.stride_o,
+                           a.stride_k, a.stride_part, a.conjugate ? -1.0f : 1.0f};
+        const int64_t chunks = ceil_div(a.I, kPackChannels);
+        const int64_t ob = task / chunks, first = task % chunks * kPackChannels;
+        const int64_t rows = min64(self.step, a.O - ob * self.step);
+        Engine::pack(w, self.terms, self.term_count,
+                     {ob * self.step, ob * self.step + rows, self.step},
+                     {first, min64(first + kPackChannels, a.I), a.I},
+                     const_cast<char*>(self.block(0, ob)), self.block_bytes);
+    }
+
+    static void tile_task(void* context, int64_t task, int worker) {
+        auto& self = *static_cast<Conv*>(context);
+        char* memory = self.workers + worker * self.worker_bytes;
+        const int64_t first = task % self.tasks_per_batch * self.tiles_per_task;
+        const int64_t last = min64(self.tiles, first + self.tiles_per_task);
+        self.run_tiles(task / self.tasks_per_batch, first, last, memory);
+    }
+
+    PixelTile tile(int64_t b, int64_t index) const {
+        return {b, index * kWidth, static_cast<int>(min64(kWidth, args.P - index * kWidth))};
+    }
+
+    void run_tiles(int64_t b, int64_t first, int64_t last, char* memory) {
+        float* acc = reinterpret_cast<float*>(memory + tiles_per_task * panel_bytes);
+        float* h = acc + acc_floats();
+        float* buffer = h + h_floats();
+        float* second_buffer = buffer + channel_floats();
+        float* fold_buffer = second_buffer + channel_floats();
+        float* target = fold_buffer + fold();
+        Engine::begin();
+        for (int64_t j = first; j < last; ++j)
+            fill_panel(tile(b, j), memory + (j - first) * panel_bytes, buffer, fold_buffer, target);
+        for (int64_t ob = 0; ob < blocks; ++ob) {
+            const int rows = static_cast<int>(min64(step, args.O - ob * step));
+            for (int64_t j = first; j < last; ++j) {
+                const PixelTile where = tile(b, j);
+                const int vecs = static_cast<int>(ceil_div(where.count, kLanes));
+                multiply(ob, memory + (j - first) * panel_bytes, rows, vecs, acc);
+                mixing.combine(acc, acc_stride(), rows * kWidth);
+                for (int m = 0; m < rows; ++m) {
+                    synthesize(*args.synthesis, acc + m * kWidth, acc_stride(), vecs,
+                               h + m * args.n * kWidth, fold_buffer);
+                }
+                writer.write(where, ob * step, rows, vecs, h, buffer);
+            }
+        }
+    }
+
+    void fill_panel(const PixelTile& where, char* panel, float* buffer, float* fold_buffer,
+                    float* target) {
+        const int vecs = static_cast<int>(ceil_div(where.count, kLanes));
+        const int64_t stride = Engine::target_stride(args.I);
+        reader.for_each_channel(where, 0, args.I, buffer, [&](int64_t c, const Rows& rows) {
+            float* out = Engine::target(panel, target, c, mixing.planes());
+            analyze(*args.analysis, rows, vecs, out, stride, fold_buffer);
+            mixing.add_sums(out, stride, vecs);
+            Engine::finish(panel, target, c, args.I, mixing.planes(), vecs);
+        });
+    }
+
+    void multiply(int64_t ob, const char* panel, int rows, int vecs, float* acc) {
+        for (int begin = 0; begin < term_count;) {
+            int end = begin;
+            while (end < term_count && terms[end].acc == terms[begin].acc) ++end;
+            Engine::multiply(terms + begin, end - begin, block(begin, ob), block_bytes, panel,
+                             mixing.planes(), args.I, step, rows, vecs,
+                             acc + terms[begin].acc * acc_stride());
+            begin = end;
+        }
+    }
+
+    static void leave(void*, int64_t, int) { Engine::end(); }
+
+    bool run() {
+        if (!prepare()) return false;
+        parallel_for(args.threads, blocks * ceil_div(args.I, kPackChannels), pack_task, this);
+        parallel_for(args.threads, args.B * tasks_per_batch, tile_task, this, leave);
+        return true;
+    }
+};
+
+}  // namespace
+
+bool spectral_conv(const ConvArgs& args) {
+    if (rows_path_serves(args)) return spectral_conv_rows(args);
+    return Conv<Fp32Engine>(args).run();
+}
+
+}  // namespace DSNO_ISA

@@ -1,0 +1,13 @@
+#include "../dispatch.h"
+#include "isa.h"
+
+#define DSNO_STRING_(x) #x
+#define DSNO_STRING(x) DSNO_STRING_(x)
+
+namespace DSNO_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {DSNO_STRING(DSNO_ISA), spectral_conv, spectral_conv_weight_grad,
+                         truncated_rfft, truncated_irfft};
+
+}  // namespace DSNO_ISA

@@ -1,0 +1,161 @@
+// CPU kernels. A tensor is a tuple (address, dtype, stride_b, stride_t, stride_c, stride_p);
+// address 0 stands for none.
+#include <new>
+#include <string>
+
+#include "../csrc/cpu/dispatch.h"
+#include "../csrc/cpu/tables.h"
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace {
+
+int64_t integer(const py::tuple& values, size_t i) { return py::cast<int64_t>(values[i]); }
+
+template <class T>
+T* pointer(int64_t address) {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+View view(const py::tuple& t) {
+    return {pointer<char>(integer(t, 0)),
+            static_cast<int>(integer(t, 1)),
+            integer(t, 2),
+            integer(t, 3),
+            integer(t, 4),
+            integer(t, 5)};
+}
+
+void check_memory(bool done) {
+    if (!done) throw std::bad_alloc();
+}
+
+// sizes: B, P, I, O, T, n, K.  weight: address, stride_i, stride_o, stride_k, stride_part.
+void spectral_conv(const py::tuple& sizes, const py::tuple& x, const py::tuple& y,
+                   const py::tuple& residual, const py::tuple& weight, int64_t bias,
+                   int64_t x_positive, int64_t positive, float x_slope, float negative_slope,
+                   bool activation, bool adjoint, int precision, int threads) {
+    ConvArgs args{};
+    args.B = integer(sizes, 0);
+    args.P = integer(sizes, 1);
+    args.I = integer(sizes, 2);
+    args.O = integer(sizes, 3);
+    args.T = static_cast<int>(integer(sizes, 4));
+    args.n = static_cast<int>(integer(sizes, 5));
+    args.K = static_cast<int>(integer(sizes, 6));
+    args.x = view(x);
+    args.y = view(y);
+    args.residual = view(residual);
+    args.x_positive = {pointer<const uint8_t>(x_positive), x_slope};
+    args.positive = pointer<uint8_t>(positive);
+    args.weight = pointer<const float>(integer(weight, 0));
+    args.stride_i = integer(weight, 1);
+    args.stride_o = integer(weight, 2);
+    args.stride_k = integer(weight, 3);
+    args.stride_part = integer(weight, 4);
+    args.bias = pointer<const float>(bias);
+    args.negative_slope = negative_slope;
+    args.activation = activation;
+    args.conjugate = adjoint;
+    args.precision = precision;
+    args.threads = threads;
+    const py::gil_scoped_release release;
+    const auto analysis = analysis_tables(args.T, args.K);
+    const auto synthesis = synthesis_tables(args.n, args.K, adjoint ? args.T : args.n);
+    args.analysis = analysis.get();
+    args.synthesis = synthesis.get();
+    check_memory(active_kernels().spectral_conv(args));
+}
+
+void spectral_conv_weight_grad(const py::tuple& sizes, const py::tuple& x, const py::tuple& grad,
+                               int64_t out, int64_t grad_positive, float negative_slope,
+                               int precision, int threads) {
+    WeightGradArgs args{};
+    args.B = integer(sizes, 0);
+    args.P = integer(sizes, 1);
+    args.I = integer(sizes, 2);
+    args.O = integer(sizes, 3);
+    args.T = static_cast<int>(integer(sizes, 4));
+    args.n = static_cast<int>(integer(sizes, 5));
+    args.K = static_cast<int>(integer(sizes, 6));
+    args.x = view(x);
+    args.grad = view(grad);
+    args.grad_positive = {pointer<const uint8_t>(grad_positive), negative_slope};
+    args.out = pointer<float>(out);
+    args.precision = precision;
+    args.threads = threads;
+    const py::gil_scoped_release release;
+    const auto x_analysis = analysis_tables(args.T, args.K);
+    const auto grad_analysis = analysis_tables(args.n, args.K);
+    // The first row of the cosine table of the synthesis, cos(0) alpha_k / n.
+    const auto synthesis = synthesis_tables(args.n, args.K, args.n);
+    args.x_analysis = x_analysis.get();
+    args.grad_analysis = grad_analysis.get();
+    args.scale = synthesis->cosine;
+    check_memory(active_kernels().spectral_conv_weight_grad(args));
+}
+
+// sizes: B, P, T, K.  strides of the spectrum: b, k, p.
+TransformArgs transform(const py::tuple& sizes, const py::tuple& x, int64_t spectrum,
+                        const py::tuple& strides, int threads) {
+    TransformArgs args{};
+    args.B = integer(sizes, 0);
+    args.P = integer(sizes, 1);
+    args.T = static_cast<int>(integer(sizes, 2));
+    args.K = static_cast<int>(integer(sizes, 3));
+    args.x = view(x);
+    args.spectrum = pointer<float>(spectrum);
+    args.stride_b = integer(strides, 0);
+    args.stride_k = integer(strides, 1);
+    args.stride_p = integer(strides, 2);
+    args.threads = threads;
+    return args;
+}
+
+void truncated_rfft(const py::tuple& sizes, const py::tuple& x, int64_t spectrum,
+                    const py::tuple& strides, int threads) {
+    TransformArgs args = transform(sizes, x, spectrum, strides, threads);
+    const py::gil_scoped_release release;
+    const auto analysis = analysis_tables(args.T, args.K);
+    args.analysis = analysis.get();
+    check_memory(active_kernels().truncated_rfft(args));
+}
+
+void truncated_irfft(const py::tuple& sizes, const py::tuple& x, int64_t spectrum,
+                     const py::tuple& strides, int threads) {
+    TransformArgs args = transform(sizes, x, spectrum, strides, threads);
+    const py::gil_scoped_release release;
+    const auto synthesis = synthesis_tables(args.T, args.K, args.T);
+    args.synthesis = synthesis.get();
+    check_memory(active_kernels().truncated_irfft(args));
+}
+
+py::list isas() {
+    const Kernels* found[kMaxIsas];
+    const int count = available_kernels(found);
+    py::list names;
+    for (int i = 0; i < count; ++i) names.append(found[i]->name);
+    return names;
+}
+
+void set_isa(const std::string& name) {
+    if (!use_kernels(name.c_str())) {
+        throw py::value_error("instruction set '" + name + "' cannot run here; accepted: " +
+                              py::cast<std::string>(py::str(isas())));
+    }
+}
+
+}  // namespace
+
+void bind_cpu(py::module_& m) {
+    m.def("cpu_spectral_conv", &spectral_conv);
+    m.def("cpu_spectral_conv_weight_grad", &spectral_conv_weight_grad);
+    m.def("cpu_truncated_rfft", &truncated_rfft);
+    m.def("cpu_truncated_irfft", &truncated_irfft);
+    m.def("cpu_isas", &isas, "Instruction sets that can run on this machine, best last.");
+    m.def(
+        "cpu_isa", [] { return std::string(active_kernels().name); },
+        "The instruction set in use.");
+    m.def("cpu_set_isa", &set_isa, "Use another instruction set; for tests.");
+}

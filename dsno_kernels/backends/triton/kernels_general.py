@@ -1,0 +1,189 @@
+"""Any T, n and K: a thin Fourier transform, products of channels in each bin, a thin transform
+back.
+
+Spectra are planar: plane 2k holds the real and plane 2k + 1 the imaginary part of bin k, each `[C,
+rows]` with rows = B * padded pixels, so that rows are contiguous whatever the layout of x. The
+transforms are matrix products whose matrix is gathered from a table of one turn, cos and -sin of 2
+pi j / length with j = k t mod length. Where a part does not exist (bin 0, Nyquist) the table is
+exactly zero.
+"""
+
+# Device code: its arguments get their types from each launch, not from annotations.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dsno_kernels.backends.triton.arithmetic import (
+    as_operand,
+    channel_rows,
+    load_slope,
+    multiply_add,
+    negative,
+    pack_bits,
+    round_bf16,
+    split,
+    store_rounded,
+)
+from dsno_kernels.backends.triton.kernels_small import load_weight
+
+
+@triton.jit
+def load_twiddles(table_ptr, m, t, length, mask, WIDE: tl.constexpr):
+    """The entries of the transform matrix for coefficients m and times t (broadcast against each
+    other).
+    """
+    k = m // 2
+    turn = (k.to(tl.int64) * t if WIDE else k * t) % length
+    return tl.load(table_ptr + ((m % 2).to(tl.int64) * length + turn), mask=mask, other=0.0)
+
+
+@triton.jit
+def truncated_rfft_kernel(
+    x_ptr, x_positive_ptr, table_ptr, spectrum_ptr, B, C, P, rows, padded_pixels, T, K,
+    negative_slope,
+    stride_xb, stride_xt, stride_xc, stride_xp,
+    stride_sb, stride_sk, stride_sc, stride_sp, stride_part,
+    METHOD: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Coefficients [rows, 2K] of x, for one tile; with PADDED also those of the padding, which are
+    zero.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    tiles_m = tl.cdiv(2 * K, BLOCK_M)
+    start = pid // tiles_m * BLOCK_R
+    m = (pid % tiles_m).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c, b, p = channel_rows(start, rows, padded_pixels, BLOCK_R, 1)
+    x_rows = c * stride_xc + b * stride_xb + p * stride_xp
+    inside = (c < C) & (b < B) & (p < P)
+    acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+    for first in range(0, T, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        t64 = t.to(tl.int64)
+        mask = inside[:, None] & (t < T)[None, :]
+        x = tl.load(x_ptr + x_rows[:, None] + (t64 * stride_xt)[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        if x_positive_ptr is not None:
+            gc, gb, gp = channel_rows(start, rows, padded_pixels, BLOCK_R // 8, 8)
+            place = ((gb[:, None] * T + t64[None, :]) * C + gc[:, None]) * (padded_pixels // 8) + (
+                gp // 8
+            )[:, None]
+            groups = ((gc < C) & (gb < B))[:, None] & (t < T)[None, :]
+            x *= load_slope(x_positive_ptr + place, groups, negative_slope, BLOCK_R, BLOCK_T)
+        matrix = load_twiddles(
+            table_ptr, m[None, :], t[:, None], T, (m < 2 * K)[None, :] & (t < T)[:, None], WIDE
+        )
+        acc = multiply_add(split(x, METHOD), split(matrix, METHOD), acc, METHOD)
+    s_rows = c * stride_sc + b * stride_sb + p * stride_sp
+    s_columns = (m // 2).to(tl.int64) * stride_sk + (m % 2).to(tl.int64) * stride_part
+    if PADDED:
+        inside = c < C
+    if spectrum_ptr.dtype.element_ty == tl.bfloat16:
+        acc = round_bf16(acc).to(tl.float32)
+    store_rounded(
+        spectrum_ptr + s_rows[:, None] + s_columns[None, :],
+        acc,
+        inside[:, None] & (m < 2 * K)[None, :],
+    )
+
+
+@triton.jit
+def spectral_conv_mix_kernel(
+    z_ptr, packed_ptr, y_ptr, I, O, rows, padded_in, padded_out,
+    K: tl.constexpr, METHOD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O:
+    tl.constexpr,
+):  # fmt: skip
+    """Y_k = Z_k W_k in one bin, for one tile: planes [C, rows] -> [O, rows]."""
+    pid = tl.program_id(0).to(tl.int64)
+    tiles_o = tl.cdiv(O, BLOCK_O)
+    tiles_r = tl.cdiv(rows, BLOCK_R)
+    o = pid % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    r = pid // tiles_o % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = pid // (tiles_o * tiles_r)
+    plane_size = padded_out.to(tl.int64) * padded_in
+    low_offset = 2 * K * plane_size
+    z_plane = rows.to(tl.int64) * I
+    y_plane = rows.to(tl.int64) * O
+    re = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
+    im = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
+    for first in range(0, I, BLOCK_I):
+        i = first + tl.arange(0, BLOCK_I)
+        place = z_ptr + 2 * k * z_plane + i.to(tl.int64)[None, :] * rows + r[:, None]
+        mask = (r < rows)[:, None] & (i < I)[None, :]
+        packed = packed_ptr + (2 * k * plane_size + o[None, :] * padded_in + i[:, None])
+        w_re = load_weight(packed, plane_size, low_offset, 0, METHOD)
+        w_im = load_weight(packed, plane_size, low_offset, 1, METHOD)
+        z_re = split(as_operand(tl.load(place, mask=mask, other=0.0)), METHOD)
+        z_im = split(as_operand(tl.load(place + z_plane, mask=mask, other=0.0)), METHOD)
+        re = multiply_add(z_re, w_re, re, METHOD)
+        im = multiply_add(z_re, w_im, im, METHOD)
+        re = multiply_add(negative(z_im), w_im, re, METHOD)
+        im = multiply_add(z_im, w_re, im, METHOD)
+    mask = (r < rows)[:, None] & (o < O)[None, :]
+    y = y_ptr + 2 * k * y_plane + o[None, :] * rows + r[:, None]
+    tl.store(y, re, mask=mask)
+    tl.store(y + y_plane, im, mask=mask)
+
+
+@triton.jit
+def truncated_irfft_kernel(
+    spectrum_ptr, table_ptr, bias_ptr, residual_ptr, y_ptr, y_positive_ptr,
+    B, C, P, rows, padded_pixels, N, K, scale_length, negative_slope,
+    stride_sb, stride_sk, stride_sc, stride_sp, stride_part,
+    stride_rb, stride_rt, stride_rc, stride_rp,
+    stride_yb, stride_yt, stride_yc, stride_yp,
+    METHOD: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """h_t = sum over k of alpha_k / scale_length Re(Y_k exp(2 pi i k t / N)) and the epilogue, for
+    one tile.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    tiles_t = tl.cdiv(N, BLOCK_T)
+    start = pid // tiles_t * BLOCK_R
+    t = (pid % tiles_t).to(tl.int32) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t64 = t.to(tl.int64)
+    c, b, p = channel_rows(start, rows, padded_pixels, BLOCK_R, 1)
+    inside = (c < C) & (b < B) & (p < P)
+    s_rows = c * stride_sc + b * stride_sb + p * stride_sp
+    h = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
+    for first in range(0, 2 * K, BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        k = m // 2
+        s_columns = k.to(tl.int64) * stride_sk + (m % 2).to(tl.int64) * stride_part
+        # A part that does not exist must not be read: what it holds may be anything, and NaN * 0 is
+        # NaN.
+        exists = (m < 2 * K) & ((m % 2 == 0) | ((k != 0) & (2 * k != N)))
+        spectrum = tl.load(
+            spectrum_ptr + s_rows[:, None] + s_columns[None, :],
+            mask=inside[:, None] & exists[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        matrix = load_twiddles(
+            table_ptr, m[:, None], t[None, :], N, exists[:, None] & (t < N)[None, :], WIDE
+        )
+        once = (k == 0) | (2 * k == scale_length)
+        matrix *= tl.where(once, 1.0, 2.0)[:, None]
+        h = multiply_add(split(spectrum, METHOD), split(matrix, METHOD), h, METHOD)
+    h = h / scale_length
+    mask = inside[:, None] & (t < N)[None, :]
+    if bias_ptr is not None:
+        h += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[:, None]
+    if y_positive_ptr is not None:
+        gc, gb, gp = channel_rows(start, rows, padded_pixels, BLOCK_R // 8, 8)
+        place = ((gb[:, None] * N + t64[None, :]) * C + gc[:, None]) * (padded_pixels // 8) + (
+            gp // 8
+        )[:, None]
+        groups = ((gc < C) & (gb < B))[:, None] & (t < N)[None, :]
+        tl.store(y_positive_ptr + place, pack_bits((h > 0) & mask, BLOCK_R, BLOCK_T), mask=groups)
+    if ACTIVATION:
+        h = tl.where(h > 0, h, h * negative_slope)
+    if residual_ptr is not None:
+        rest = (c * stride_rc + b * stride_rb + p * stride_rp)[:, None] + (t64 * stride_rt)[None, :]
+        h += tl.load(residual_ptr + rest, mask=mask, other=0.0).to(tl.float32)
+    y = (c * stride_yc + b * stride_yb + p * stride_yp)[:, None] + (t64 * stride_yt)[None, :]
+    store_rounded(y_ptr + y, h, mask)

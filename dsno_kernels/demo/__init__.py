@@ -89,8 +89,17 @@ def main(argv: list[str] | None = None) -> int:
         130 after Ctrl-C.
     """
     options = parser().parse_args(argv)
-    if missing := missing_extras():
-        return _fail(f"missing {', '.join(missing)}; run: pip install dsno-kernels[demo]")
+    try:
+        if missing := missing_extras():
+            return _fail(f"missing {', '.join(missing)}; run: pip install dsno-kernels[demo]")
+        return _run(options)
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    """The demo, with its warnings on stderr."""
     from dsno_kernels.demo.data import DemoError
     from dsno_kernels.demo.run import run
 
@@ -102,9 +111,6 @@ def main(argv: list[str] | None = None) -> int:
         run(options)
     except DemoError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted; nothing was written", file=sys.stderr)
-        return 130
     finally:
         logger.removeHandler(handler)
     return 0

@@ -37,6 +37,7 @@ def tile(images: Tensor, columns: int) -> np.ndarray:
     """
     images = images.detach().cpu().clamp(-1, 1).add(1).div(2).expand(-1, 3, -1, -1)
     images = torch.nn.functional.pad(images, (0, 1, 0, 1), value=1.0)
+    images = torch.cat([images, images.new_ones(-len(images) % columns, *images.shape[1:])])
     rows = [torch.cat(list(row), dim=2) for row in images.split(columns)]
     picture = torch.cat(rows, dim=1)[:, :-1, :-1]
     return picture.permute(1, 2, 0).numpy()

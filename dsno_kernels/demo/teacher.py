@@ -64,7 +64,7 @@ def trajectories(
     """
     data = images.flatten(1)
     logsnr = logsnr_schedule(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)).to(noise)
-    kept = torch.empty(noise.shape[0], frames, data.shape[1], device=noise.device)
+    kept = noise.new_empty(noise.shape[0], frames, data.shape[1])
     for start in range(0, noise.shape[0], batch):
         x = noise[start : start + batch].flatten(1)
         for step in range(steps):

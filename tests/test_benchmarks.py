@@ -1,0 +1,190 @@
+"""The benchmarks run once on small shapes, and the report says what its results files say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import measure, peers, report, shapes
+
+pytest.importorskip("pytest_benchmark")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+README = """# Title
+<!-- benchmark:begin spectral_conv_cpu -->
+old
+<!-- benchmark:end spectral_conv_cpu -->
+between
+<!-- benchmark:begin peers_cpu -->
+<!-- benchmark:end peers_cpu -->
+<!-- benchmark:begin overhead_cpu -->
+<!-- benchmark:end overhead_cpu -->
+<!-- benchmark:begin spectral_conv_gpu -->
+<!-- benchmark:end spectral_conv_gpu -->
+end
+"""
+
+
+def test_benchmarks_run_on_small_shapes() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "--benchmark-disable",
+        "-q",
+        "--device",
+        "cpu",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTEST_ADDOPTS": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+
+
+def conv_entry(peer: str, precision: str, direction: str, seconds: float) -> dict[str, Any]:
+    return {
+        "op": "spectral_conv",
+        "shape": "A",
+        "precision": precision,
+        "direction": direction,
+        "peer": peer,
+        "errors": {"y": 2e-7, "dx": 2.5e-7, "dW": 3e-7},
+        "seconds": seconds,
+        "baseline_seconds": 0.05,
+        "ratio": 0.05 / seconds,
+        "gflops": 250.0,
+        "share_of_gemm": 0.8,
+        "gbytes": 4.0,
+        "share_of_copy": 0.1,
+        "saved_in_x": 1.06 if peer != "eager" else 2.06,
+    }
+
+
+@pytest.fixture
+def made_up(tmp_path: Path) -> Path:
+    """A README and a results folder with one machine that never was."""
+    entries = [
+        conv_entry("eager", "fp32", "forward", 0.05),
+        conv_entry("dsno_kernels[cpu]", "fp32", "forward", 0.01),
+        conv_entry("dsno_kernels[cpu]", "bf16", "forward", 0.005),
+        {"op": "overhead", "peer": "eager", "direction": "forward", "seconds": 5e-5},
+        {
+            "op": "truncated_rfft",
+            "size": [8, 64, 1024],
+            "modes": 32,
+            "dim": 2,
+            "seconds": 1e-4,
+            "baseline_seconds": 2e-4,
+            "ratio": 2.0,
+        },
+    ]
+    content = {
+        "machine_info": {
+            "device": "cpu",
+            "cpu": "Toaster 3000",
+            "isa": ["avx2"],
+            "cores": 2,
+            "torch": "2.0",
+        },
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "datetime": "2030-01-02T03:04:05",
+        "benchmarks": [{"extra_info": entry} for entry in entries],
+    }
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "toaster.json").write_text(json.dumps(content))
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path
+
+
+def arguments(folder: Path) -> list[str]:
+    return ["--readme", str(folder / "README.md"), "--results", str(folder / "results")]
+
+
+def test_report_fills_the_tables_and_is_idempotent(made_up: Path) -> None:
+    assert report.main([*arguments(made_up), "--check"]) == 1
+    assert (made_up / "README.md").read_text() == README  # --check writes nothing
+    assert report.main(arguments(made_up)) == 0
+    text = (made_up / "README.md").read_text()
+    assert "**5.00x** | 4x |" in text
+    assert "**10.00x** | 6x |" in text
+    assert "1.06 (eager 2.06)" in text
+    assert "Toaster 3000, avx2, 2 cores; PyTorch 2.0; 2030-01-02; commit `0123456789`" in text
+    assert "old" not in text
+    assert "between" in text
+    assert text.count("not measured yet") == len(shapes.GPU_SHAPES)
+    assert (made_up / "results" / "spectral_conv.png").stat().st_size > 1000
+    assert report.main([*arguments(made_up), "--check"]) == 0
+    assert report.main(arguments(made_up)) == 0
+    assert (made_up / "README.md").read_text() == text
+
+
+def test_report_without_any_results_says_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "results").mkdir()
+    assert report.main(arguments(tmp_path)) == 0
+    assert "Not measured yet." in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("README.md", README.replace("begin peers_cpu", "begin no_such_table")),
+        ("README.md", README.replace("<!-- benchmark:end peers_cpu -->", "")),
+        ("results/toaster.json", "{}"),
+        ("results/toaster.json", '{"machine_info":'),
+    ],
+    ids=["unknown table", "marker without partner", "no results file", "half a file"],
+)
+def test_report_refuses_what_it_cannot_read(
+    made_up: Path, change: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (made_up / change[0]).write_text(change[1])
+    before = (made_up / "README.md").read_text()
+    assert report.main(arguments(made_up)) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert (made_up / "README.md").read_text() == before
+
+
+@pytest.mark.parametrize("T", [1, 4, 5, 8], ids="T={}".format)
+def test_work_of_a_shape_counts_real_products(T: int) -> None:
+    modes = T // 2 + 1
+    shape = shapes.Shape("all", "", (1, T, 3, 1, 1), modes)
+    assert shape.real_coefficients == T  # all modes: as many numbers as the signal has
+    n_real = 2 if T % 2 == 0 else 1
+    assert shape.real_products == n_real + 4 * (modes - n_real)
+    assert shape.flop("forward") == 2 * 9 * shape.real_products
+
+
+def test_dft_tables_reproduce_the_signal() -> None:
+    for T in (2, 4, 5, 9):
+        F, G = peers.dft_tables(T, T // 2 + 1, torch.device("cpu"))
+        assert torch.allclose(G @ F, torch.eye(T), atol=1e-5)
+
+
+def test_saved_bytes_of_the_convolution_are_x_and_the_weight() -> None:
+    """Nothing but x and the weight is kept: what the memory column of the tables counts."""
+    shape = shapes.CPU_SHAPES[1].small()
+    x = torch.randn(shape.size, requires_grad=True)
+    weight = torch.randn(shape.channels, shape.channels, shape.modes, 2, requires_grad=True)
+    call = next(p for p in peers.PEERS if p.name == "dsno_kernels[reference]").make(
+        shape, "fp32", x.device
+    )
+    saved = measure.saved_bytes(lambda: call(x, weight))
+    assert saved == 4 * (x.numel() + weight.numel())

@@ -1,0 +1,237 @@
+"""The demo: its mathematics, what it accepts, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+PIL_Image = pytest.importorskip("PIL.Image")
+
+from dsno_kernels import demo  # noqa: E402
+from dsno_kernels.demo import compare, data, figure, student, teacher  # noqa: E402
+from dsno_kernels.demo import run as demo_run  # noqa: E402
+from dsno_kernels.models import logsnr_schedule  # noqa: E402
+from tests.helpers import FLOAT64, assert_close  # noqa: E402
+
+# Scores are differences of numbers of about 1e2 in float32 (6e-8), over variances from 1e-2.
+DENOISER = 1e-3
+
+
+@pytest.mark.parametrize("time", [0.9, 0.5, 0.1], ids=["noise", "middle", "data"])
+def test_exact_denoiser_is_the_posterior_mean(time: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(7, 5, generator=generator)
+    x = torch.randn(3, 5, generator=generator)
+    logsnr = logsnr_schedule(torch.tensor(time))
+    alpha, sigma = torch.sigmoid(logsnr.double()).sqrt(), torch.sigmoid(-logsnr.double()).sqrt()
+    expected = torch.zeros(3, 5, dtype=torch.float64)
+    for b in range(3):
+        noise = [(x[b].double() - alpha * image.double()) / sigma for image in images]
+        density = torch.stack([torch.exp(-0.5 * e.square().sum()) for e in noise])
+        density = density if density.sum() > 0 else torch.ones(7).double()
+        expected[b] = (density[:, None] * images.double()).sum(0) / density.sum()
+    assert_close(teacher.exact_denoiser(x, logsnr, images), expected, DENOISER)
+
+
+def test_denoiser_of_clean_data_is_the_image_itself() -> None:
+    images = torch.randn(11, 6, generator=torch.Generator().manual_seed(1))
+    clean = teacher.exact_denoiser(images, torch.tensor(20.0), images)
+    assert_close(clean, images, DENOISER)
+
+
+def test_trajectory_of_one_image_is_the_straight_mixture() -> None:
+    """With one image D(x) is that image, and DDIM keeps x_t = alpha x_0 + sigma noise exactly."""
+    generator = torch.Generator().manual_seed(2)
+    image = torch.randn(1, 3, 2, 2, generator=generator).double()
+    noise = torch.randn(5, 3, 2, 2, generator=generator).double()
+    start = logsnr_schedule(torch.tensor(1.0).double())
+    frames, logsnr = teacher.trajectories(noise, image, steps=8, frames=4, batch=2)
+    assert frames.shape == (5, 4, 3, 2, 2)
+    eps = (noise - torch.sigmoid(start).sqrt() * image) / torch.sigmoid(-start).sqrt()
+    for i in range(4):
+        expected = torch.sigmoid(logsnr[i]).sqrt() * image + torch.sigmoid(-logsnr[i]).sqrt() * eps
+        assert_close(frames[:, i], expected, FLOAT64)
+
+
+def test_frechet_distance_of_shifted_normals() -> None:
+    x = torch.randn(500, 4, generator=torch.Generator().manual_seed(3))
+    assert compare.frechet_distance(x, x) == pytest.approx(0.0, abs=1e-9)
+    assert compare.frechet_distance(x + 2.0, x) == pytest.approx(16.0, rel=1e-6)
+    assert compare.frechet_distance(3.0 * x, x) == pytest.approx(
+        4.0 * x.var(0).sum().item() + (2.0 * x.mean(0)).square().sum().item(), rel=1e-5
+    )
+
+
+def test_saved_bytes_counts_a_storage_once() -> None:
+    x = torch.randn(10, requires_grad=True)
+    assert compare.saved_bytes(lambda: x * x) == 40
+    assert compare.saved_bytes(lambda: x + 1) == 0
+
+
+def test_peak_bytes_sees_a_temporary() -> None:
+    x = torch.randn(1 << 16)
+    peak = compare.peak_bytes(lambda: (x + 1).sum(), torch.device("cpu"))
+    assert 4 << 16 <= peak < 6 << 16
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """One image of each kind that people have, and one file that is no image."""
+    folder = tmp_path / "pictures"
+    (folder / "deeper").mkdir(parents=True)
+    gray = np.arange(30 * 20, dtype=np.uint8).reshape(30, 20)
+    color = np.random.default_rng(0).integers(0, 256, (17, 23, 3), dtype=np.uint8)
+    PIL_Image.fromarray(gray).save(folder / "gray.png")
+    PIL_Image.fromarray(gray.astype(np.uint16) * 257).save(folder / "sixteen bits.PNG")
+    PIL_Image.fromarray(color).save(folder / "color.jpg")
+    PIL_Image.fromarray(color).convert("CMYK").save(folder / "print.jpeg")
+    PIL_Image.fromarray(color).convert("P").save(folder / "palette.png")
+    PIL_Image.new("RGBA", (40, 3), (255, 0, 0, 0)).save(folder / "deeper" / "clear.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("ignored")
+    return folder
+
+
+def test_folder_reads_every_kind_and_skips_the_broken(
+    pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        images = data.folder(pictures, 8)
+    assert images.shape == (6, 3, 8, 8)
+    assert images.min() >= -1.0
+    assert images.max() <= 1.0
+    assert "broken.png" in caplog.text
+    names = sorted(p for p in pictures.rglob("*") if p.suffix.lower() in data.SUFFIXES)
+    names = [p.name for p in names if p.name != "broken.png"]
+    assert images[names.index("clear.png")].eq(1.0).all()  # transparent is white
+    assert_close(images[names.index("sixteen bits.PNG")], images[names.index("gray.png")], 0.01)
+
+
+def test_folder_of_gray_images_has_one_channel(tmp_path: Path) -> None:
+    PIL_Image.new("L", (9, 9), 0).save(tmp_path / "a.png")
+    PIL_Image.new("RGB", (5, 7), (255, 255, 255)).save(tmp_path / "b.png")
+    images = data.folder(tmp_path, 16)
+    assert images.shape == (2, 1, 16, 16)
+    assert images[0].eq(-1.0).all()
+    assert images[1].eq(1.0).all()
+
+
+def test_digits_fill_the_range() -> None:
+    images = data.digits()
+    assert images.shape == (1797, 1, 8, 8)
+    assert (images.min(), images.max()) == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file", "broken"])
+def test_bad_data_is_one_line_and_exit_code_2(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "given"
+    if kind == "file":
+        path.write_text("x")
+    elif kind != "missing":
+        path.mkdir()
+    if kind == "broken":
+        (path / "a.png").write_bytes(b"x")
+    assert demo.main(["--data", str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert str(path) in error[-1]
+    assert ".png" in error[-1]
+    assert len([line for line in error if "warning" not in line]) == 1
+
+
+def test_out_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    assert demo.main(["--out", str(tmp_path / "file")]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_missing_extra_names_the_install_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(demo._EXTRAS, "no_such_module_here", "some-package")
+    assert demo.main([]) == 2
+    error = capsys.readouterr().err
+    assert "some-package" in error
+    assert "pip install dsno-kernels[demo]" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_cuda_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert "--device cpu" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything small enough for a test."""
+    monkeypatch.setattr(compare, "LAYER_SHAPE", (2, 4, 32, 4, 4))
+    monkeypatch.setattr(compare, "ROUNDS", 1)
+    monkeypatch.setattr(student, "BATCH", 4)
+    monkeypatch.setattr(demo_run, "HELD_OUT", 8)
+    monkeypatch.setattr(demo_run, "TEACHER_STEPS", 8)
+    monkeypatch.setattr(data, "digits", lambda digits=data.digits: digits()[:50])
+    monkeypatch.setattr(figure, "COLUMNS", 4)
+
+
+@pytest.mark.usefixtures("quick")
+def test_demo_writes_its_picture_and_its_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = []
+    for name in ("one", "two"):
+        arguments = [
+            "--steps",
+            "2",
+            "--seed",
+            "5",
+            "--out",
+            str(tmp_path / name),
+            "--device",
+            "cpu",
+        ]
+        assert demo.main(arguments) == 0
+        assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["demo.json", "demo.png"]
+        results.append(json.loads((tmp_path / name / "demo.json").read_text()))
+    with PIL_Image.open(tmp_path / "one" / "demo.png") as picture:
+        assert picture.size[0] > 1000
+    samples, same, layer, training = results[0].values()
+    assert results[1]["Samples (8 new noises)"] == samples  # a seed gives the same samples
+    assert all(float(row["first"]) < 1e-6 for row in same)
+    assert [row["name"] for row in layer][:2] == ["forward", "forward + backward"]
+    assert [row["name"] for row in training] == ["time", "kept for backward", "peak"]
+    assert "Temporal layer" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_demo_on_own_images(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", str(pictures), "--steps", "1", "--size", "16", "--out", str(tmp_path)]
+    assert demo.main([*arguments, "--device", "cpu"]) == 0
+    assert "6 images" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_interrupt_leaves_an_earlier_result_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "demo.png").write_bytes(b"earlier")
+    monkeypatch.setattr(student, "train", interrupt)
+    assert demo.main(["--steps", "1", "--out", str(tmp_path), "--device", "cpu"]) == 130
+    assert (tmp_path / "demo.png").read_bytes() == b"earlier"
+    assert [p.name for p in tmp_path.iterdir()] == ["demo.png"]
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1] == "demo: interrupted"
+    assert "Traceback" not in error

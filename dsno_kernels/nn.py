@@ -57,6 +57,8 @@ class SpectralConv1d(nn.Module):
     Returns of ``forward``:
         ``(B, T, O, H, W)`` for x ``(B, T, I, H, W)`` (or any axes that `time_dim` and `channel_dim`
         name): float32 for float16, bfloat16 and float32 x, under autocast too; float64 for float64.
+        A module cast to half precision itself (``.to(torch.bfloat16)``), where the official one
+        fails, stays in that dtype.
 
     Raises:
         ValueError: sizes below 1, an unknown precision; in ``forward``, an x that does not fit.
@@ -102,7 +104,11 @@ class SpectralConv1d(nn.Module):
         self, x: Tensor, activation: str | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """The convolution with an activation and a residual, as in `dsno_kernels.spectral_conv`."""
+        precision = self.precision
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        if self.weights1.dtype != out_dtype or out_dtype == torch.float32:
+            out_dtype = torch.promote_types(out_dtype, torch.float32)
+            precision = float32_precision(precision, x)
         return spectral_conv(
             x,
             self.weights1,
@@ -111,8 +117,8 @@ class SpectralConv1d(nn.Module):
             activation=activation,
             negative_slope=NEGATIVE_SLOPE,
             residual=residual,
-            out_dtype=torch.promote_types(out_dtype, torch.float32),
-            precision=float32_precision(self.precision, x),
+            out_dtype=out_dtype,
+            precision=precision,
         )
 
     def extra_repr(self) -> str:
@@ -159,8 +165,8 @@ class TimeConv(nn.Module):
     Parameters: ``t_conv.weights1`` and, with ``with_nin``, ``nin.W``, ``nin.b``.
 
     Returns of ``forward``:
-        ``(B, T, O, H, W)`` for x ``(B, T, I, H, W)``: float32 for float16, bfloat16 and float32 x,
-        under autocast too.
+        ``(B, T, O, H, W)`` for x ``(B, T, I, H, W)``, in the dtype that :class:`SpectralConv1d`
+        returns.
 
     Raises:
         ValueError: channels that differ without ``with_nin``; sizes below 1; in ``forward``, an x

@@ -45,7 +45,9 @@ class FnoSpectralConv1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         spectrum = torch.fft.rfft(x)
-        out = torch.zeros(x.shape[0], self.out_channels, x.shape[2] // 2 + 1, dtype=torch.cfloat)
+        out = torch.zeros(
+            x.shape[0], self.out_channels, x.shape[2] // 2 + 1, dtype=torch.cfloat, device=x.device
+        )
         out[:, :, : self.modes1] = torch.einsum(
             "bix,iox->box", spectrum[:, :, : self.modes1], self.complex_weights()
         )
@@ -108,7 +110,7 @@ class NeuralopSpectralConv(nn.Module):
         bins = length // 2 + 1
         modes = min(bins, self.n_modes[0])
         spectrum = torch.fft.rfft(x, norm=self.fft_norm)[:, :, :modes]
-        out = torch.zeros(x.shape[0], self.out_channels, bins, dtype=torch.cfloat)
+        out = torch.zeros(x.shape[0], self.out_channels, bins, dtype=torch.cfloat, device=x.device)
         out[:, :, :modes] = torch.einsum("bix,iox->box", spectrum, weight[:, :, :modes])
         n = length
         if output_shape is not None:

@@ -191,6 +191,16 @@ def test_channels_last_weights_and_autocast_run() -> None:
     assert_close(out, expected, 5e-2)
 
 
+def test_model_in_bfloat16_runs() -> None:
+    model = jittered(DSNO(TINY)).eval()
+    x, logsnr, _ = inputs(TINY)
+    expected = model(x, logsnr)
+    out = model.to(torch.bfloat16)(x.bfloat16(), logsnr)
+    assert out.dtype == torch.bfloat16
+    # As above, and the weights and every tensor between the layers are rounded too.
+    assert_close(out, expected, 1e-1)
+
+
 def test_compiles_without_a_graph_break() -> None:
     torch._dynamo.reset()
     model = jittered(DSNO(TINY)).eval()

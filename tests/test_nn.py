@@ -115,6 +115,8 @@ def test_module_in_bfloat16_runs_and_trains() -> None:
     layer = dk.nn.TimeConv(6, 6, 2).to(torch.bfloat16)
     x = torch.randn(2, 4, 6, 3, 5, dtype=torch.bfloat16, requires_grad=True)
     y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert layer(x.float()).dtype == torch.float32
     assert_close(
         y,
         official_time_conv(x.detach().double(), layer.t_conv.weights1.detach().double()),

@@ -177,8 +177,6 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 @each_layer
 def test_layer_on_the_meta_device_is_recognized(name: str) -> None:
     layer, x = build(name)
-    if name.startswith(("fno", "neuralop")):
-        pytest.skip("the double allocates its spectrum on the CPU")
     shape = layer(x).shape
     layer.to("meta")
     assert dk.swap_layers(layer) == 1

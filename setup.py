@@ -214,11 +214,11 @@ class BuildExtension(build_ext):
     """Compiles `dsno_kernels._C` file by file."""
 
     def build_extension(self, ext: Extension) -> None:
+        cuda, cxx = find_cuda(), find_cxx()
         folder = ROOT / "build" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        cuda, cxx = find_cuda(), find_cxx()
         isas = self.instruction_sets(cxx, folder)
         self.write_config(folder, cxx, cuda, isas)
         jobs = self.cxx_jobs(cxx, cuda, isas, folder) + (
@@ -231,7 +231,7 @@ class BuildExtension(build_ext):
         objects = [str(job.output) for job in jobs]
         built = folder / target.name
         if cuda:
-            linker = [cuda.nvcc, "-shared", "-cudart=static"]
+            linker = [cuda.nvcc, "-shared", "-cudart=static", "-nodlink"]
             linker += [f"-ccbin={os.environ['CXX']}"] if os.environ.get("CXX") else []
             options = [
                 f"-Xlinker={option}"

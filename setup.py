@@ -175,7 +175,7 @@ def run_ninja(
         "  deps = gcc",
         "  depfile = $out.d",
     ]
-    lines += ["  description = $in", "rule link", "  command = $cmd", "  description = link $out"]
+    lines += ["  description = $out", "rule link", "  command = $cmd", "  description = link $out"]
     for job in jobs:
         lines.append(f"build {ninja_escape(str(job.output))}: run {ninja_escape(str(job.source))}")
         lines.append("  cmd = " + " ".join(job.command).replace("$", "$$"))

@@ -1,4 +1,6 @@
-"""The compiled extension. Pointers are addresses, strides count elements, the stream is a `cudaStream_t`."""
+"""The compiled extension. Tensors are addresses with sizes and strides that count elements; a tuple of
+a tensor is (address, dtype, stride_b, stride_t, stride_c, stride_p), and the stream a `cudaStream_t`.
+"""
 
 from collections.abc import Sequence
 
@@ -6,8 +8,61 @@ build_info: str
 cuda_version: str
 cuda_archs: str
 
+def cpu_spectral_conv(
+    sizes: tuple[int, ...],
+    x: tuple[int, ...],
+    y: tuple[int, ...],
+    residual: tuple[int, ...],
+    weight: tuple[int, ...],
+    bias: int,
+    x_positive: int,
+    positive: int,
+    x_slope: float,
+    negative_slope: float,
+    activation: bool,
+    adjoint: bool,
+    precision: int,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_spectral_conv_weight_grad(
+    sizes: tuple[int, ...],
+    x: tuple[int, ...],
+    grad: tuple[int, ...],
+    out: int,
+    grad_positive: int,
+    negative_slope: float,
+    precision: int,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_truncated_rfft(
+    sizes: tuple[int, ...],
+    x: tuple[int, ...],
+    spectrum: int,
+    strides: tuple[int, ...],
+    threads: int,
+    /,
+) -> None: ...
+def cpu_truncated_irfft(
+    sizes: tuple[int, ...],
+    x: tuple[int, ...],
+    spectrum: int,
+    strides: tuple[int, ...],
+    threads: int,
+    /,
+) -> None: ...
+def cpu_isas() -> list[str]: ...
+def cpu_isa() -> str: ...
+def cpu_set_isa(name: str, /) -> None: ...
 def cuda_driver_version() -> int: ...
 def cuda_truncated_fft_kernels() -> list[str]: ...
 def cuda_truncated_fft(
-    kernel: int, grid: int, input: int, output: int, table: int, numbers: Sequence[int], stream: int
+    kernel: int,
+    grid: int,
+    input: int,
+    output: int,
+    table: int,
+    numbers: Sequence[int],
+    stream: int,
 ) -> None: ...

@@ -1,5 +1,6 @@
-"""The compiled extension. Tensors are addresses with sizes and strides that count elements; a tuple of
-a tensor is (address, dtype, stride_b, stride_t, stride_c, stride_p), and the stream a `cudaStream_t`.
+"""The compiled extension: addresses, sizes, strides in elements, and a stream (`cudaStream_t`).
+
+The tuple of a tensor is (address, dtype, stride_b, stride_t, stride_c, stride_p).
 """
 
 from collections.abc import Sequence

@@ -20,6 +20,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # About 20 layers in a row, each within the float32 budget of 1e-6 of the one in plain PyTorch.
 MODEL = 1e-5
+# The golden output is a bias of 0.03 with an image of 5e-6 on it: half a unit in the last place of
+# float32 there, 9e-10, is 2e-4 of the image.
+IMAGE = 2e-4
 # Where the pre-activation of a temporal layer rounds to the other side of zero, the gradient of one
 # element changes by 99 %: a few flips among 1e5 elements stay under 1e-2.
 MODEL_GRADIENT = 2e-2
@@ -70,9 +73,9 @@ def test_golden_output(kernels: bool) -> None:
     model.load_state_dict(golden_state(), strict=True)
     out = model(data["x"], data["logsnr"])
     assert_close(out, data["out"], MODEL)
-    # The bias of the last convolution makes up most of the golden output: compare the rest too.
+    # The bias of the last convolution makes up most of that: compare the image too.
     bias = data["state/all_modules.25.bias"][:, None, None]
-    assert_close(out - bias, data["out"] - bias, MODEL)
+    assert_close(out - bias, data["out"] - bias, IMAGE)
 
 
 def test_state_dict_keys_and_order_are_the_official_ones() -> None:

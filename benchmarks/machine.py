@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -44,7 +45,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "neuraloperator": _version("neuralop"),
+        "neuraloperator": _version("neuraloperator"),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -72,8 +73,8 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _version(module: str) -> str | None:
+def _version(package: str) -> str | None:
     try:
-        return str(__import__(module).__version__)
-    except Exception:  # a package that is absent or broken is not part of the measurement
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return None

@@ -84,11 +84,15 @@ def load(folder: Path) -> list[Result]:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+    """Three digits, in ms or µs."""
+    value, unit = (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "µs")
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
+    head, rows = list(head), list(rows)
+    if not rows:
+        return f"{NOT_MEASURED.capitalize()}."
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -194,9 +198,10 @@ def peers(results: list[Result]) -> str:
         for shape, precision, direction in cases(result):
             found = result.conv(shape.name, precision, direction)
             cells = [
-                f"{milliseconds(found[name]['seconds'])} ({found[name]['ratio']:.2f}x)"
-                if name in found
-                else ""
+                ""
+                if name not in found
+                else milliseconds(found[name]["seconds"])
+                + (f" ({found[name]['ratio']:.2f}x)" if name != BASELINE else "")
                 for name in names
             ]
             rows.append((shape.title, precision, PASS_TITLES[direction], *cells))

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsno_kernels import nn as layers
 from dsno_kernels._modes import max_modes
 from dsno_kernels.functional import spectral_conv
 
@@ -42,7 +41,6 @@ def dsno_spectral_conv(
     if len(args) != 1 or kwargs or not _serves_dsno(module, args[0]):
         return None
     x = args[0].float() if args[0].dtype == torch.float64 else args[0]
-    precision = layers.float32_precision(precision, x)
     return spectral_conv(x, module.weights1, out_dtype=torch.float32, precision=precision)
 
 
@@ -64,7 +62,7 @@ def dsno_time_conv(module: Any, precision: str | None, *args: Any, **kwargs: Any
         negative_slope=act.negative_slope,
         residual=x,
         out_dtype=torch.float32,
-        precision=layers.float32_precision(precision, x),
+        precision=precision,
     )
 
 

@@ -56,8 +56,8 @@ def spectral_conv(
         negative_slope: of the LeakyReLU.
         residual: added after the activation; the shape of y.
         out_dtype: dtype of y; default that of x (promoted with the residual's).
-        precision: "fp32", "bf16x3", "tf32", "bf16"; None follows x's dtype and PyTorch's float32
-            matmul setting.
+        precision: "fp32", "bf16x3", "tf32", "bf16"; None follows the dtype of y and, for float32,
+            PyTorch's float32 matmul setting.
         backend: the name of one; None takes the fastest that can run here (``dk.explain`` tells
             which).
 
@@ -118,7 +118,7 @@ def spectral_conv(
         "residual": residual,
         "negative_slope": float(negative_slope) if activation else None,
         "out_dtype": out_dtype or y_dtype,
-        "precision": precisions.choose(precision, x.dtype),
+        "precision": precisions.choose(precision, out_dtype or y_dtype),
     }
     name = _backend(backend)
     if _under_transform(*tensors.values()):
@@ -295,9 +295,8 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
     name = kwargs.get("backend")
     lines = []
     for device, dtype in places:
-        precision = precisions.resolve(
-            precisions.choose(kwargs.get("precision"), dtype), device.type
-        )
+        precision = precisions.choose(kwargs.get("precision"), kwargs.get("out_dtype") or dtype)
+        precision = precisions.resolve(precision, device.type)
         request = backends.Request(op_name, device, dtype, precision)
         lines.append(backends.explain_request(request, _backend(name)))
     return "\n".join(lines)

@@ -26,19 +26,6 @@ from dsno_kernels.functional import spectral_conv
 NEGATIVE_SLOPE = 0.01
 
 
-def float32_precision(precision: str | None, x: Tensor) -> str | None:
-    """The `precision` of a layer that computes as if x were float32.
-
-    The official layer casts x to float32, so half-precision x (as under autocast) does not lower
-    its precision.
-    """
-    if precision is not None or x.dtype not in (torch.float16, torch.bfloat16):
-        return precision
-    if torch.compiler.is_compiling():
-        return "fp32"  # traced code cannot read the setting; fp32 serves each of them
-    return precisions.resolve("", x.device.type)
-
-
 class SpectralConv1d(nn.Module):
     r"""Spectral convolution along time: keep K Fourier modes, mix channels in each, transform back.
 
@@ -49,7 +36,7 @@ class SpectralConv1d(nn.Module):
         modes: K; an input must have at least ``2*(K - 1)`` time points.
         time_dim, channel_dim: the axes of x that hold time and channels.
         precision: of the channel mixing, as in :func:`dsno_kernels.spectral_conv`; None follows
-            PyTorch's float32 matmul setting for every dtype of x.
+            the dtype of the result: PyTorch's float32 matmul setting wherever that is float32.
 
     Parameters:
         weights1: ``(I, O, K, 2)`` float32, real and imaginary part last; starts as U[0, 1)/(I*O).
@@ -104,11 +91,9 @@ class SpectralConv1d(nn.Module):
         self, x: Tensor, activation: str | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """The convolution with an activation and a residual, as in `dsno_kernels.spectral_conv`."""
-        precision = self.precision
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         if self.weights1.dtype != out_dtype or out_dtype == torch.float32:
             out_dtype = torch.promote_types(out_dtype, torch.float32)
-            precision = float32_precision(precision, x)
         return spectral_conv(
             x,
             self.weights1,
@@ -118,7 +103,7 @@ class SpectralConv1d(nn.Module):
             negative_slope=NEGATIVE_SLOPE,
             residual=residual,
             out_dtype=out_dtype,
-            precision=precision,
+            precision=self.precision,
         )
 
     def extra_repr(self) -> str:

@@ -26,11 +26,10 @@ _OF_MATMUL_PRECISION = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
 
 
 def choose(precision: str | None, dtype: torch.dtype) -> str:
-    """The precision an op is asked for, of a caller's `precision` and the dtype of x.
+    """The precision an op is asked for, of a caller's `precision` and the dtype of its result.
 
     None gives fp32 for float64, bf16 for bfloat16, tf32 for float16 (whose values are exact in
-    tf32), and "" for
-    float32: PyTorch's setting at the time of each call.
+    tf32), and "" for float32: PyTorch's setting at the time of each call.
 
     Raises:
         ValueError: an unknown name.

@@ -1,32 +1,25 @@
 // How the products of a tile are computed. An engine has its own layout of the panel (the planes of
-// x of one tile, `plane_bytes` each) and of the weights (one block of `step` output channels of one
-// term, `block_bytes`):
+// x of one tile) and of the weights (a block of output rows of one term):
 //
-//     Fp32Engine   float32 FMA                         panel [i][pixel],        weights [i][row]
-//     DotEngine    AVX512_BF16, pairs of channels      panel [i/2][pixel][2],   weights
-//     [i/2][row][2] AmxEngine    AMX tiles of 16 rows x 32 channels  panel [i/2][pixel][2], weights
-//     [i/32][row/16][row%16][i%32]
+//     Fp32Engine  panel [i][pixel],       weights [i][row]
+//     DotEngine   panel [i/2][pixel][2],  weights [i/2][row][2]                  AVX512_BF16
+//     AmxEngine   panel [i/2][pixel][2],  weights [i/32][row/16][row%16][i%32]   AMX
+//
+// The last two stand in bfloat16.h; with two parts their operands are sums of two bfloat16 (Term).
 #pragma once
 
 #include "mixing.h"
 
 namespace DSNO_ISA {
 
-// One value of W, as terms combine it.
-struct WeightView {
-    const float* data;
-    int64_t stride_i, stride_o, stride_k, stride_part;
-    float sign;  // -1 for conj(W)
+// Input channels that are packed together.
+constexpr int kPackChannels = 32;
 
-    float value(const Term& term, int64_t i, int64_t o) const {
-        const float* p = data + i * stride_i + o * stride_o + term.k * stride_k;
-        return term.real * p[0] + term.imag * sign * p[stride_part];
-    }
-};
-
-// [first, last) of `size`.
-struct Span {
-    int64_t first, last, size;
+// Re and Im of one mode of W for kPackChannels input channels (or fewer, then zeros) and a block of
+// `rows` output rows: [i][step], or [row][kPackChannels] where an engine has kRowsFirst.
+struct ModeWeights {
+    const float *real, *imag;
+    int64_t channels, rows, step;
 };
 
 // Output blocks of equal size, at most `limit` rows.
@@ -35,23 +28,23 @@ DSNO_INLINE int64_t block_step(int64_t O, int64_t limit) { return ceil_div(O, ce
 struct Fp32Engine {
     static constexpr bool kGauss = true;
     static constexpr int kParts = 1;
-    static constexpr int kChannels = 1;  // channels that are packed together
+    static constexpr bool kRowsFirst = false;
+    static constexpr int kChannels = 1;  // whose planes are finished together
 
     static int64_t step(int64_t O) { return block_step(O, kRows); }
     static int64_t channels(int64_t I) { return I; }
     static int64_t plane_bytes(int64_t I) { return I * kWidth * 4; }
     static int64_t block_bytes(int64_t I, int64_t step) { return I * step * 4; }
 
-    // Channels `i` of a block of rows `o` of every term; the blocks of the terms lie block_bytes
-    // apart.
-    static void pack(const WeightView& w, const Term* terms, int count, const Span& o,
-                     const Span& i, char* blocks, int64_t block_bytes) {
-        for (int64_t c = i.first; c < i.last; ++c) {
-            for (int j = 0; j < count; ++j) {
-                float* out = reinterpret_cast<float*>(blocks + j * block_bytes) + c * o.size;
-                for (int64_t m = 0; m < o.last - o.first; ++m)
-                    out[m] = w.value(terms[j], c, o.first + m);
-            }
+    // The channels from `first` on of one term.
+    static void pack(const ModeWeights& w, const Term& term, int64_t first, char* block) {
+        float* out = reinterpret_cast<float*>(block) + first * w.step;
+        const int64_t floats = w.channels * w.step;
+        for (int64_t j = 0; j < floats; j += kLanes) {
+            const Vec value =
+                set1(term.real) * load(w.real + j) + set1(term.imag) * load(w.imag + j);
+            store_some(reinterpret_cast<char*>(out + j), kFloat32, value,
+                       static_cast<int>(floats - j));
         }
     }
 

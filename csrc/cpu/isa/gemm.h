@@ -17,8 +17,22 @@ struct Tile {
     int64_t depth;
 };
 
+struct MultiplyAdd {
+    static Vec apply(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+};
+
+#if defined(__AVX512BF16__)
+// Lanes hold pairs of bfloat16: c += a[0] b[0] + a[1] b[1].
+struct DotAdd {
+    static Vec apply(Vec a, Vec b, Vec c) {
+        return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a),
+                                (__m512bh)_mm512_castps_si512(b));
+    }
+};
+#endif
+
 // kPacked: a_row is 1.
-template <int kM, int kN, bool kAccumulate, bool kPacked>
+template <class Op, int kM, int kN, bool kAccumulate, bool kPacked>
 static void gemm_tile(const Tile& tile) {
     Vec acc[kM][kN];
 #pragma GCC unroll 16
@@ -43,7 +57,7 @@ static void gemm_tile(const Tile& tile) {
         for (int m = 0; m < kM; ++m) {
             const Vec scalar = set1(kPacked ? base[0][m] : base[m / 3][m % 3 * a_row]);
 #pragma GCC unroll 4
-            for (int v = 0; v < kN; ++v) acc[m][v] = fma(scalar, row[v], acc[m][v]);
+            for (int v = 0; v < kN; ++v) acc[m][v] = Op::apply(scalar, row[v], acc[m][v]);
         }
 #pragma GCC unroll 4
         for (int j = 0; j < kBases; ++j) base[j] += a_depth;
@@ -56,34 +70,34 @@ static void gemm_tile(const Tile& tile) {
     }
 }
 
-template <int kN, bool kAccumulate, bool kPacked>
+template <class Op, int kN, bool kAccumulate, bool kPacked>
 DSNO_INLINE void gemm_rows(int rows, const Tile& tile) {
     switch (rows) {
         case 1:
-            return gemm_tile<1, kN, kAccumulate, kPacked>(tile);
+            return gemm_tile<Op, 1, kN, kAccumulate, kPacked>(tile);
         case 2:
-            return gemm_tile<2, kN, kAccumulate, kPacked>(tile);
+            return gemm_tile<Op, 2, kN, kAccumulate, kPacked>(tile);
         case 3:
-            return gemm_tile<3, kN, kAccumulate, kPacked>(tile);
+            return gemm_tile<Op, 3, kN, kAccumulate, kPacked>(tile);
         case 4:
-            return gemm_tile<4, kN, kAccumulate, kPacked>(tile);
+            return gemm_tile<Op, 4, kN, kAccumulate, kPacked>(tile);
         case 5:
-            return gemm_tile<5, kN, kAccumulate, kPacked>(tile);
+            return gemm_tile<Op, 5, kN, kAccumulate, kPacked>(tile);
         case 6:
-            return gemm_tile<6, kN, kAccumulate, kPacked>(tile);
+            return gemm_tile<Op, 6, kN, kAccumulate, kPacked>(tile);
 #if defined(__AVX512F__)
         case 7:
-            return gemm_tile<7, kN, kAccumulate, kPacked>(tile);
+            return gemm_tile<Op, 7, kN, kAccumulate, kPacked>(tile);
         case 8:
-            return gemm_tile<8, kN, kAccumulate, kPacked>(tile);
+            return gemm_tile<Op, 8, kN, kAccumulate, kPacked>(tile);
         case 9:
-            return gemm_tile<9, kN, kAccumulate, kPacked>(tile);
+            return gemm_tile<Op, 9, kN, kAccumulate, kPacked>(tile);
         case 10:
-            return gemm_tile<10, kN, kAccumulate, kPacked>(tile);
+            return gemm_tile<Op, 10, kN, kAccumulate, kPacked>(tile);
         case 11:
-            return gemm_tile<11, kN, kAccumulate, kPacked>(tile);
+            return gemm_tile<Op, 11, kN, kAccumulate, kPacked>(tile);
         default:
-            return gemm_tile<12, kN, kAccumulate, kPacked>(tile);
+            return gemm_tile<Op, 12, kN, kAccumulate, kPacked>(tile);
 #else
         default:
             return;
@@ -92,14 +106,14 @@ DSNO_INLINE void gemm_rows(int rows, const Tile& tile) {
 }
 
 // One register tile of at most kRows rows and `vecs` (1 or 2) vectors.
-template <bool kPacked>
+template <bool kPacked, class Op = MultiplyAdd>
 static void gemm_block(int rows, int vecs, bool accumulate, const Tile& tile) {
     if (vecs == 2) {
-        accumulate ? gemm_rows<2, true, kPacked>(rows, tile)
-                   : gemm_rows<2, false, kPacked>(rows, tile);
+        accumulate ? gemm_rows<Op, 2, true, kPacked>(rows, tile)
+                   : gemm_rows<Op, 2, false, kPacked>(rows, tile);
     } else {
-        accumulate ? gemm_rows<1, true, kPacked>(rows, tile)
-                   : gemm_rows<1, false, kPacked>(rows, tile);
+        accumulate ? gemm_rows<Op, 1, true, kPacked>(rows, tile)
+                   : gemm_rows<Op, 1, false, kPacked>(rows, tile);
     }
 }
 

@@ -20,6 +20,22 @@
 
 namespace DSNO_ISA {
 
+DSNO_INLINE float from_bits(uint32_t u) {
+    float x;
+    std::memcpy(&x, &u, 4);
+    return x;
+}
+DSNO_INLINE uint32_t to_bits(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    return u;
+}
+DSNO_INLINE uint16_t float_to_bf16(float x) {
+    const uint32_t u = to_bits(x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+    return static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+}
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;  // floats in a vector
 constexpr int kRows = 12;   // rows of a register tile of the channel product
@@ -178,16 +194,6 @@ DSNO_INLINE Vec scale_unless(unsigned bits, Vec x, Vec scale) {
     for (int i = 0; i < kLanes; ++i) x[i] = (bits >> i & 1) ? x[i] : x[i] * scale[i];
     return x;
 }
-DSNO_INLINE float from_bits(uint32_t u) {
-    float x;
-    std::memcpy(&x, &u, 4);
-    return x;
-}
-DSNO_INLINE uint32_t to_bits(float x) {
-    uint32_t u;
-    std::memcpy(&u, &x, 4);
-    return u;
-}
 DSNO_INLINE float half_to_float(uint16_t h) {
     const uint32_t sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
     if (magnitude >= 0x7c00u) return from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
@@ -205,11 +211,6 @@ DSNO_INLINE uint16_t float_to_half(float x) {
     }
     const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u;
     return static_cast<uint16_t>(sign | rounded >> 13);
-}
-DSNO_INLINE uint16_t float_to_bf16(float x) {
-    const uint32_t u = to_bits(x);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-    return static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
 DSNO_INLINE Vec load_bf16(const uint16_t* p) {
     Vec x;

@@ -3,7 +3,7 @@
 // the other, and transforms each block back while it is hot, with bias, LeakyReLU, residual and
 // sign bits in the last write. x is read once, y written once.
 #include "../parallel.h"
-#include "engines.h"
+#include "bfloat16.h"
 #include "isa.h"
 #include "writer.h"
 
@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kPanelBytes =
     512 << 10;  // of the panels of one task: a part of a core's second-level cache
 constexpr int kMaxTilesPerTask = 4;
-constexpr int64_t kPackChannels = 32;
+constexpr int kMaxStep = 32;  // of all engines
 
 template <class Engine>
 struct Conv {
@@ -80,18 +80,36 @@ struct Conv {
         return weights + (ob * term_count + term) * block_bytes;
     }
 
+    // Packs kPackChannels input channels of one output block.
     static void pack_task(void* context, int64_t task, int) {
         auto& self = *static_cast<Conv*>(context);
         const ConvArgs& a = self.args;
-        const WeightView w{a.weight,   a.stride_i,    a.stride_o,
-                           a.stride_k, a.stride_part, a.conjugate ? -1.0f : 1.0f};
         const int64_t chunks = ceil_div(a.I, kPackChannels);
-        const int64_t ob = task / chunks, first = task % chunks * kPackChannels;
-        const int64_t rows = min64(self.step, a.O - ob * self.step);
-        Engine::pack(w, self.terms, self.term_count,
-                     {ob * self.step, ob * self.step + rows, self.step},
-                     {first, min64(first + kPackChannels, a.I), a.I},
-                     const_cast<char*>(self.block(0, ob)), self.block_bytes);
+        const int64_t ob = task / chunks, first = task % chunks * kPackChannels, o = ob * self.step;
+        const int64_t channels = min64(kPackChannels, a.I - first),
+                      rows = min64(self.step, a.O - o);
+        // One row of channels more than there are: engines read them in pairs.
+        alignas(64) float real[(kPackChannels + 2) * kMaxStep] = {},
+                                                     imag[(kPackChannels + 2) * kMaxStep] = {};
+        const ModeWeights w{real, imag, channels, rows, self.step};
+        const float sign = a.conjugate ? -1.0f : 1.0f;
+        const int64_t row_step = Engine::kRowsFirst ? kPackChannels : 1;
+        const int64_t channel_step = Engine::kRowsFirst ? 1 : self.step;
+        for (int k = 0; k < a.K; ++k) {
+            const float* mode = a.weight + first * a.stride_i + o * a.stride_o + k * a.stride_k;
+            for (int64_t c = 0; c < channels; ++c) {
+                for (int64_t m = 0; m < rows; ++m) {
+                    const float* from = mode + c * a.stride_i + m * a.stride_o;
+                    const int64_t at = m * row_step + c * channel_step;
+                    real[at] = from[0];
+                    imag[at] = sign * from[a.stride_part];
+                }
+            }
+            for (int j = 0; j < self.term_count; ++j) {
+                if (self.terms[j].k == k)
+                    Engine::pack(w, self.terms[j], first, const_cast<char*>(self.block(j, ob)));
+            }
+        }
     }
 
     static void tile_task(void* context, int64_t task, int worker) {
@@ -169,6 +187,13 @@ struct Conv {
 
 bool spectral_conv(const ConvArgs& args) {
     if (rows_path_serves(args)) return spectral_conv_rows(args);
+#if defined(__AMX_BF16__)
+    // With tiles, the three products of split operands cost less than one in float32.
+    if (args.precision == kBf16) return Conv<AmxEngine<false>>(args).run();
+    if (args.precision != kFp32) return Conv<AmxEngine<true>>(args).run();
+#elif defined(__AVX512BF16__)
+    if (args.precision == kBf16) return Conv<DotEngine<false>>(args).run();
+#endif
     return Conv<Fp32Engine>(args).run();
 }
 

@@ -322,12 +322,12 @@ def test_public_function_and_gradients(T: int, modes: int) -> None:
     inputs = x, weight, bias
     exact = [leaf.detach().double().requires_grad_() for leaf in inputs]
 
-    def layer(x: Tensor, weight: Tensor, bias: Tensor, name: str) -> Tensor:
+    def layer(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return dk.spectral_conv(
             x, weight, bias=bias, activation="leaky_relu", residual=x, backend=name
         )
 
-    y, expected = layer(*inputs, "triton"), layer(*exact, "reference")
+    y, expected = layer("triton", *inputs), layer("reference", *exact)
     assert_close(y, expected, BUDGETS["fp32"])
     cotangent = torch.randn_like(y)
     for needed in ([0, 1, 2], [0, 1]):  # without the gradient of the bias, LeakyReLU's is fused

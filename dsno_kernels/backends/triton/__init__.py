@@ -1,5 +1,4 @@
-"""Triton kernels: the spectral convolution fused with its epilogue, and its weight gradient, on
-tensor cores.
+"""Triton kernels: the fused spectral convolution and its weight gradient, on tensor cores.
 
 Nothing here needs triton to be installed, and nothing is compiled, before the first call.
 """

@@ -34,9 +34,7 @@ def parts(k, length):
 
 @triton.constexpr_function
 def first_coefficient(k):
-    """Index of the real part of bin k among the real coefficients (bin 0 has one, those between
-    have two).
-    """
+    """Index of the real part of bin k: bin 0 has one coefficient, those between have two."""
     return 2 * k - 1 if k > 0 else 0
 
 
@@ -53,9 +51,7 @@ def analysis(k, imag, t, length):
 
 @triton.constexpr_function
 def synthesis(k, imag, t, length, scale_length):
-    """Weight of the real or imaginary part of bin k in y_t, with alpha_k(scale_length) /
-    scale_length.
-    """
+    """Weight of one part of bin k in y_t, with alpha_k(scale_length) / scale_length."""
     alpha = 1.0 if k == 0 or 2 * k == scale_length else 2.0
     turn = (k * t) % length
     if (4 * turn) % length == 0:
@@ -80,9 +76,7 @@ def add_scaled(acc, x, FACTOR: tl.constexpr):
 
 @triton.jit
 def round_tf32(x):
-    """x rounded to 10 mantissa bits. Tensor cores cut the low bits off, which would bias every
-    product.
-    """
+    """x rounded to 10 mantissa bits; tensor cores would cut, which biases every product."""
     rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     # Carried through the integers, a NaN with all bits set would come out as zero.
     return tl.where(x == x, rounded, x)
@@ -183,9 +177,7 @@ def pixel_rows(start, padded_pixels, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def channel_rows(start, rows, padded_pixels, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Channel, batch and pixel of the rows start, start + STEP, ..: rows count c * rows + b *
-    padded_pixels + p.
-    """
+    """Channel, batch and pixel; row c * rows + b * padded_pixels + p is pixel p of b and c."""
     first = start // rows
     row = (start - first * rows).to(rows.dtype) + tl.arange(0, BLOCK) * STEP
     c = first + (row // rows).to(tl.int64)

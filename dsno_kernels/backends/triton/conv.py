@@ -1,6 +1,4 @@
-"""Launchers of `spectral_conv` and its adjoint: one kernel for few coefficients, three for the
-rest.
-"""
+"""Launchers of `spectral_conv`: one kernel for few coefficients, three for the rest."""
 
 from __future__ import annotations
 
@@ -62,18 +60,24 @@ def spectral_conv(
     }
     method = launch.method_of(precision, table)
     scale_length = x_axes.T if adjoint else n
-    run = _fused if few_coefficients(x_axes.T, n) else _planar
-    run(x, x_axes, x_positive, weight, adjoint, n, scale_length, method, table, epilogue)
+    kind = fused_class(table, "spectral_conv", method, x_axes.T, n, weight.shape[2])
+    common = x, x_axes, x_positive, weight, adjoint, n, scale_length, method, table, epilogue
+    if kind is None:
+        _planar(*common)
+    else:
+        _fused(kind, *common)
     return y, positive
 
 
-def few_coefficients(T: int, n: int) -> bool:
-    """Whether all coefficients of a tile fit on chip."""
-    return max(T, n) <= configs.MAX_LENGTH
-
-
-def shape_class(T: int, n: int, K: int) -> str:
-    return configs.shape_class(max(T, n), max(len(coefficients(T, K)), len(coefficients(n, K))))
+def fused_class(
+    table: Architecture, kernel: str, method: str, T: int, n: int, K: int
+) -> str | None:
+    """The shape class of the fused kernel, or None where the planar kernels have to serve."""
+    length, count = max(T, n), max(len(coefficients(T, K)), len(coefficients(n, K)))
+    if length > configs.MAX_LENGTH:
+        return None
+    kind = configs.shape_class(length, count)
+    return kind if (kernel, method, kind) in table.rows else None
 
 
 def named_strides(tensor: str, strides: tuple[int, int, int, int]) -> dict[str, int]:
@@ -123,9 +127,7 @@ def pack_weight(
 def _tiles(
     table: Architecture, kernel: str, method: str, kind: str, rows: int, O: int, planes: int
 ) -> Config:
-    """The wide row of the table, or the narrow one where wide tiles would leave most of the GPU
-    idle.
-    """
+    """The wide row of the table, or the narrow one where wide tiles leave the GPU idle."""
     config = table.rows[kernel, method, kind]
     programs = launch.cdiv(rows, config.tile[0]) * launch.cdiv(O, config.tile[2]) * planes
     return (
@@ -136,6 +138,7 @@ def _tiles(
 
 
 def _fused(
+    kind: str,
     x: Tensor,
     axes: Axes,
     x_positive: Tensor | None,
@@ -151,7 +154,6 @@ def _fused(
     I, O = axes.C, weight.shape[0 if adjoint else 1]
     pixels = launch.padded_pixels(axes.P)
     rows = axes.B * pixels
-    kind = shape_class(axes.T, n, K)
     config = _tiles(table, "spectral_conv", method, kind, rows, O, 1)
     block_p, block_i, block_o = (
         launch.block(*pair) for pair in zip((rows, I, O), config.tile, strict=True)
@@ -248,9 +250,7 @@ def planar_spectrum(
     method: str,
     table: Architecture,
 ) -> Tensor:
-    """The first K bins of x as planes `[K, 2, C, rows]`, rounded already where products take
-    bfloat16.
-    """
+    """The first K bins of x as planes `[K, 2, C, rows]`, rounded for bfloat16 products."""
     out_axes = planar_axes(axes.B, K, axes.C, axes.P)
     dtype = torch.bfloat16 if method == "bf16" else torch.float32
     spectrum = torch.empty((K, 2, axes.C, out_axes.stride_c), dtype=dtype, device=x.device)

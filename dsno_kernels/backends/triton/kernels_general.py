@@ -1,5 +1,4 @@
-"""Any T, n and K: a thin Fourier transform, products of channels in each bin, a thin transform
-back.
+"""Any T, n and K: a thin transform, products of channels in each bin, a thin transform back.
 
 Spectra are planar: plane 2k holds the real and plane 2k + 1 the imaginary part of bin k, each `[C,
 rows]` with rows = B * padded pixels, so that rows are contiguous whatever the layout of x. The
@@ -32,9 +31,7 @@ from dsno_kernels.backends.triton.kernels_small import load_weight
 
 @triton.jit
 def load_twiddles(table_ptr, m, t, length, mask, WIDE: tl.constexpr):
-    """The entries of the transform matrix for coefficients m and times t (broadcast against each
-    other).
-    """
+    """Entries of the transform matrix at coefficients m and times t, broadcast together."""
     k = m // 2
     turn = (k.to(tl.int64) * t if WIDE else k * t) % length
     return tl.load(table_ptr + ((m % 2).to(tl.int64) * length + turn), mask=mask, other=0.0)
@@ -49,9 +46,7 @@ def truncated_rfft_kernel(
     METHOD: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Coefficients [rows, 2K] of x, for one tile; with PADDED also those of the padding, which are
-    zero.
-    """
+    """Coefficients [rows, 2K] of x; with PADDED also those of the padding, zero."""
     pid = tl.program_id(0).to(tl.int64)
     tiles_m = tl.cdiv(2 * K, BLOCK_M)
     start = pid // tiles_m * BLOCK_R
@@ -64,14 +59,12 @@ def truncated_rfft_kernel(
         t = first + tl.arange(0, BLOCK_T)
         t64 = t.to(tl.int64)
         mask = inside[:, None] & (t < T)[None, :]
-        x = tl.load(x_ptr + x_rows[:, None] + (t64 * stride_xt)[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        offsets = x_rows[:, None] + (t64 * stride_xt)[None, :]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if x_positive_ptr is not None:
             gc, gb, gp = channel_rows(start, rows, padded_pixels, BLOCK_R // 8, 8)
-            place = ((gb[:, None] * T + t64[None, :]) * C + gc[:, None]) * (padded_pixels // 8) + (
-                gp // 8
-            )[:, None]
+            lines = (gb[:, None] * T + t64[None, :]) * C + gc[:, None]
+            place = lines * (padded_pixels // 8) + (gp // 8)[:, None]
             groups = ((gc < C) & (gb < B))[:, None] & (t < T)[None, :]
             x *= load_slope(x_positive_ptr + place, groups, negative_slope, BLOCK_R, BLOCK_T)
         matrix = load_twiddles(
@@ -139,9 +132,7 @@ def truncated_irfft_kernel(
     METHOD: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """h_t = sum over k of alpha_k / scale_length Re(Y_k exp(2 pi i k t / N)) and the epilogue, for
-    one tile.
-    """
+    """h_t = sum_k alpha_k / scale_length Re(Y_k exp(2 pi i k t / N)), then the epilogue."""
     pid = tl.program_id(0).to(tl.int64)
     tiles_t = tl.cdiv(N, BLOCK_T)
     start = pid // tiles_t * BLOCK_R
@@ -175,9 +166,8 @@ def truncated_irfft_kernel(
         h += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[:, None]
     if y_positive_ptr is not None:
         gc, gb, gp = channel_rows(start, rows, padded_pixels, BLOCK_R // 8, 8)
-        place = ((gb[:, None] * N + t64[None, :]) * C + gc[:, None]) * (padded_pixels // 8) + (
-            gp // 8
-        )[:, None]
+        lines = (gb[:, None] * N + t64[None, :]) * C + gc[:, None]
+        place = lines * (padded_pixels // 8) + (gp // 8)[:, None]
         groups = ((gc < C) & (gb < B))[:, None] & (t < N)[None, :]
         tl.store(y_positive_ptr + place, pack_bits((h > 0) & mask, BLOCK_R, BLOCK_T), mask=groups)
     if ACTIVATION:

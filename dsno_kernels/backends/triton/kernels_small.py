@@ -42,9 +42,7 @@ def pack_weight_kernel(
     weight_ptr, packed_ptr, I, O, padded_in, padded_out, stride_wi, stride_wo, stride_wk, stride_wc,
     K: tl.constexpr, ADJOINT: tl.constexpr, METHOD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Weight (I, O, K, 2) -> operands [high, low][K, 2, out, in], zero-padded; conj(W) transposed
-    of the adjoint.
-    """
+    """Weight -> operands [high, low][K, 2, out, in], zero-padded; adjoint: conj, transposed."""
     pid = tl.program_id(0).to(tl.int64)
     tiles_in = tl.cdiv(padded_in, BLOCK)
     tiles_out = tl.cdiv(padded_out, BLOCK)
@@ -97,19 +95,15 @@ def load_slices(
     stride_b, stride_t, stride_c, stride_p,
     T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The T slices [BLOCK_P, BLOCK_C] of x in float32, times the derivative of LeakyReLU where
-    there are sign bits.
-    """
+    """The T slices [BLOCK_P, BLOCK_C] of x; with sign bits, times the derivative of LeakyReLU."""
     offsets = (b * stride_b + p * stride_p)[:, None] + (c * stride_c)[None, :]
     mask = ((b < B) & (p < P))[:, None] & (c < C)[None, :]
     xs = ()
     for t in tl.static_range(T):
         x = tl.load(x_ptr + offsets + wide(t) * stride_t, mask=mask, other=0.0).to(tl.float32)
         if positive_ptr is not None:
-            row_bytes = padded_pixels // 8
-            place = ((group_b * T + t)[:, None] * C + c[None, :]) * row_bytes + (group_p // 8)[
-                :, None
-            ]
+            lines = (group_b * T + t)[:, None] * C + c[None, :]
+            place = lines * (padded_pixels // 8) + (group_p // 8)[:, None]
             inside = (group_b < B)[:, None] & (c < C)[None, :]
             x *= load_slope(positive_ptr + place, inside, negative_slope, BLOCK_P, BLOCK_C)
         xs += (x,)
@@ -123,13 +117,11 @@ def spectral_conv_kernel(
     stride_xb, stride_xt, stride_xc, stride_xp,
     stride_rb, stride_rt, stride_rc, stride_rp,
     stride_yb, stride_yt, stride_yc, stride_yp,
-    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SCALE_LENGTH: tl.constexpr, METHOD:
-    tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SCALE_LENGTH: tl.constexpr,
+    METHOD: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """y = leaky_relu(irfft(rfft(x) W) + bias) + residual, for one tile of pixels and output
-    channels.
-    """
+    """y = leaky_relu(irfft(rfft(x) W) + bias) + residual, for one tile."""
     pid = tl.program_id(0).to(tl.int64)
     # Neighbors share their pixels, so that x comes from L2 for all but the first of them.
     tiles_o = tl.cdiv(O, BLOCK_O)
@@ -186,9 +178,8 @@ def spectral_conv_kernel(
         if bias_ptr is not None:
             h += bias
         if y_positive_ptr is not None:
-            place = ((group_b * N + t)[:, None] * O + o[None, :]) * (padded_pixels // 8) + (
-                group_p // 8
-            )[:, None]
+            lines = (group_b * N + t)[:, None] * O + o[None, :]
+            place = lines * (padded_pixels // 8) + (group_p // 8)[:, None]
             inside = (group_b < B)[:, None] & (o < O)[None, :]
             tl.store(
                 y_positive_ptr + place, pack_bits((h > 0) & mask, BLOCK_P, BLOCK_O), mask=inside

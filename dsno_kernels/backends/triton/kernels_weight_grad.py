@@ -1,5 +1,4 @@
-"""The weight gradient dW_k = alpha_k / n sum over pixels of conj(X_k) (x) G_k, in two deterministic
-passes.
+"""dW_k = alpha_k / n sum over pixels of conj(X_k) (x) G_k, in two deterministic passes.
 
 First pass: a program owns a tile of input and output channels and a range of pixels and writes its
 partial sums,
@@ -52,9 +51,7 @@ def spectral_conv_weight_grad_kernel(
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, METHOD: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of all bins over one range of pixels, for one tile of channels; few
-    coefficients, one pass.
-    """
+    """Partial sums of all bins over a range of pixels, for a tile of channels."""
     pid = tl.program_id(0).to(tl.int64)
     tiles_o = tl.cdiv(O, BLOCK_O)
     tiles_i = tl.cdiv(I, BLOCK_I)
@@ -109,9 +106,7 @@ def spectral_conv_weight_grad_planes_kernel(
     K: tl.constexpr, METHOD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R:
     tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of one bin over one range of rows, for one tile of channels, from planar spectra
-    [2K, C, rows].
-    """
+    """Partial sums of a bin over a range of rows, from planar spectra [2K, C, rows]."""
     pid = tl.program_id(0).to(tl.int64)
     tiles_o = tl.cdiv(O, BLOCK_O)
     tiles_i = tl.cdiv(I, BLOCK_I)
@@ -148,9 +143,7 @@ def spectral_conv_weight_grad_planes_kernel(
 def spectral_conv_weight_grad_reduce_kernel(
     partial_ptr, grad_weight_ptr, size, splits, T, N, K, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the partial sums [splits, K, 2, size] in order, times alpha_k / n, to [size, K, 2];
-    size = I * O.
-    """
+    """Sums [splits, K, 2, size] added in order, times alpha_k / n, to [size, K, 2]."""
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(size, BLOCK)
     place = pid % tiles * BLOCK + tl.arange(0, BLOCK)

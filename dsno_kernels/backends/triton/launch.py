@@ -48,9 +48,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def block(size: int, largest: int) -> int:
-    """The tile for an axis of `size` elements: a power of two, at least 16 (tensor cores), at most
-    `largest`.
-    """
+    """The tile for an axis: a power of two, 16 (tensor cores) to `largest`."""
     return min(largest, max(16, 1 << (size - 1).bit_length()))
 
 
@@ -61,9 +59,7 @@ def padded_pixels(P: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def twiddles(length: int, device: torch.device) -> Tensor:
-    """cos and -sin of 2 pi j / length, [2, length] float32, rounded once from float64; exact at
-    quarter turns.
-    """
+    """cos and -sin of 2 pi j / length, [2, length] float32; exact at quarter turns."""
     turns = torch.arange(length, dtype=torch.float64) * (2 * torch.pi / length)
     table = torch.stack([turns.cos(), -turns.sin()])
     table = torch.where(table.abs() < 1e-12, 0.0, table)

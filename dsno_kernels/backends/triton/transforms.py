@@ -123,9 +123,7 @@ def irfft_into(
     table: Architecture,
     epilogue: Mapping[str, Any],
 ) -> None:
-    """Write the inverse transform of `spectrum` through the epilogue; `axes` are those of its real
-    parts.
-    """
+    """Write the inverse of `spectrum`, whose axes are those of its real parts."""
     pixels = launch.padded_pixels(axes.P)
     rows = axes.B * pixels
     config = table.rows["truncated_irfft", table.transform_method, ""]

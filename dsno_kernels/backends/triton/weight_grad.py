@@ -1,6 +1,4 @@
-"""Launchers of `spectral_conv_weight_grad`: partial sums over ranges of pixels, then their sum in
-order.
-"""
+"""Launchers of `spectral_conv_weight_grad`: partial sums over pixels, added in order."""
 
 from __future__ import annotations
 
@@ -11,10 +9,9 @@ from dsno_kernels import _layout
 from dsno_kernels.backends.triton import configs, kernels_weight_grad, launch
 from dsno_kernels.backends.triton.configs import Architecture
 from dsno_kernels.backends.triton.conv import (
-    few_coefficients,
+    fused_class,
     named_strides,
     planar_spectrum,
-    shape_class,
 )
 
 # The least number of steps worth a program of its own.
@@ -44,13 +41,15 @@ def spectral_conv_weight_grad(
     T, n, I, O = x_axes.T, g_axes.T, x_axes.C, g_axes.C
     pixels = launch.padded_pixels(x_axes.P)
     rows = x_axes.B * pixels
-    fused = few_coefficients(T, n)
-    name = "spectral_conv_weight_grad" if fused else "spectral_conv_weight_grad_planes"
-    config = table.rows[name, method, shape_class(T, n, K) if fused else ""]
+    name = "spectral_conv_weight_grad"
+    kind = fused_class(table, name, method, T, n, K)
+    if kind is None:
+        name = "spectral_conv_weight_grad_planes"
+    config = table.rows[name, method, kind or ""]
     block_i, block_o, block_r = (
         launch.block(*pair) for pair in zip((I, O, rows), config.tile, strict=True)
     )
-    tiles = launch.cdiv(I, block_i) * launch.cdiv(O, block_o) * (1 if fused else K)
+    tiles = launch.cdiv(I, block_i) * launch.cdiv(O, block_o) * (K if kind is None else 1)
     per_split, splits = split_rows(rows, block_r, tiles, table)
     partial = torch.empty((splits, K, 2, I, O), dtype=torch.float32, device=x.device)
     common = {
@@ -65,7 +64,7 @@ def spectral_conv_weight_grad(
         "BLOCK_O": block_o,
         "BLOCK_R": block_r,
     }
-    if fused:
+    if kind is not None:
         launch.submit(
             kernels_weight_grad.spectral_conv_weight_grad_kernel,
             tiles * splits,
@@ -114,9 +113,7 @@ def spectral_conv_weight_grad(
 
 
 def split_rows(rows: int, block_r: int, tiles: int, table: Architecture) -> tuple[int, int]:
-    """Rows a program sums (whole steps) and the number of ranges: enough to fill the GPU, none too
-    short.
-    """
+    """Rows a program sums, in whole steps, and how many programs share all rows."""
     steps = launch.cdiv(rows, block_r)
     splits = max(1, min(launch.cdiv(table.programs, tiles), steps // _STEPS))
     per_split = launch.cdiv(steps, splits) * block_r

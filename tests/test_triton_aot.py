@@ -1,0 +1,168 @@
+"""Every row of the launch tables, compiled for the GPUs it is meant for; no GPU is needed.
+
+A row passes when nothing spills, its shared memory fits, its products run where they should (wgmma
+on Hopper, mma on Ampere, float32 units for "ieee") and every address is computed in 64 bits.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+from dsno_kernels.backends import triton as backend
+from dsno_kernels.backends.triton import configs
+from dsno_kernels.backends.triton.configs import Architecture
+from tests import triton_aot
+from tests.triton_aot import Launch, Report
+
+# Shared memory that one program may use, bytes (CUDA programming guide, table of compute
+# capabilities): 163, 99 and 227 KiB.
+SHARED = {80: 166_912, 86: 101_376, 90: 232_448}
+AXES = {"time_dim": 1, "channel_dim": 2}
+SLOPE = 0.01
+
+
+class Rows(dict[tuple[str, str, str], configs.Config]):
+    """A table that remembers which of its rows were asked for."""
+
+    def __init__(self, rows: dict[tuple[str, str, str], configs.Config]) -> None:
+        super().__init__(rows)
+        self.seen: set[tuple[str, str, str]] = set()
+
+    def __getitem__(self, key: tuple[str, str, str]) -> configs.Config:
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def forward(
+    T: int,
+    K: int,
+    batch: int,
+    precision: str,
+    dtype: torch.dtype = torch.float32,
+    C: int = 256,
+    size: int = 32,
+) -> None:
+    x = meta(batch, T, C, size, size, dtype=dtype)
+    backend.spectral_conv(
+        x, meta(C, C, K, 2), n=T, bias=meta(C), residual=x, negative_slope=SLOPE,
+        save_positive=True, out_dtype=dtype, precision=precision, **AXES,
+    )  # fmt: skip
+
+
+def backward_input(
+    T: int, K: int, batch: int, precision: str, dtype: torch.dtype = torch.float32
+) -> None:
+    x, positive = (
+        meta(batch, T, 256, 32, 32, dtype=dtype),
+        meta(batch, T, 256, 128, dtype=torch.uint8),
+    )
+    backend.spectral_conv(
+        x, meta(256, 256, K, 2), n=T, adjoint=True, x_positive=positive, negative_slope=SLOPE,
+        out_dtype=dtype, precision=precision, **AXES,
+    )  # fmt: skip
+
+
+def backward_weight(T: int, K: int, precision: str, dtype: torch.dtype = torch.float32) -> None:
+    x, positive = meta(8, T, 256, 32, 32, dtype=dtype), meta(8, T, 256, 128, dtype=torch.uint8)
+    backend.spectral_conv_weight_grad(
+        x, x, K, grad_positive=positive, negative_slope=SLOPE, precision=precision, **AXES
+    )
+
+
+def transforms() -> None:
+    backend.truncated_rfft(meta(64, 64, 1024), 32, dim=2)
+    backend.truncated_irfft(meta(64, 32, 256, 2), 100, dim=1)
+
+
+def calls() -> Iterator[Callable[[], object]]:
+    """Calls that together use every row, in the element types and epilogues that need most
+    registers.
+    """
+    yield transforms
+    for precision in ("fp32", "bf16x3", "tf32", "bf16"):
+        for T, K in ((4, 2), (4, 3), (8, 5), (16, 8)):
+            yield functools.partial(forward, T, K, 32, precision)
+            yield functools.partial(backward_input, T, K, 32, precision)
+            yield functools.partial(backward_input, T, min(K, 5 if T < 9 else 2), 1, precision)
+            yield functools.partial(backward_weight, T, K, precision)
+    for precision, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float16)):
+        yield functools.partial(forward, 4, 2, 32, precision, dtype)
+        yield functools.partial(backward_weight, 4, 2, precision, dtype)
+    yield functools.partial(forward, 1, 1, 32, "fp32")
+    yield functools.partial(forward, 1, 1, 1, "fp32", torch.float32, 1, 1)  # every 1 is a constant
+    yield functools.partial(forward, 9, 1, 1, "fp32", torch.float32, 1, 1)
+    yield functools.partial(backend.truncated_rfft, meta(1, 1), 1, dim=1)
+    yield functools.partial(
+        forward, 4, 2, 2, "fp32", torch.float32, 7, 5
+    )  # odd sizes: small tiles, no alignment
+
+
+def launches(capability: int) -> list[Launch]:
+    """The distinct launches of all calls; every row of the table is among them."""
+    table = configs.ARCHITECTURES[divmod(capability, 10)]
+    rows = Rows(table.rows)
+    found: dict[Launch, None] = {}
+    for call in calls():
+        found |= dict.fromkeys(triton_aot.launches_of(table._replace(rows=rows), capability, call))
+    assert rows.seen == set(table.rows), f"no case for {set(table.rows) - rows.seen}"
+    return list(found)
+
+
+def problem_of(one: Launch, report: Report) -> str | None:
+    constants = dict(one.constants)
+    if report.stack:
+        return f"spills: {report.stack} bytes of stack"
+    if report.shared > SHARED[one.capability]:
+        return f"{report.shared} bytes of shared memory, {SHARED[one.capability]} fit"
+    if report.narrow_addresses:
+        return f"{report.narrow_addresses} addresses in 32 bits"
+    if "METHOD" in constants and one.kernel != "pack_weight_kernel":
+        hopper = one.capability == 90 and left_rows(one, constants) >= 64
+        expected = "none" if constants["METHOD"] == "ieee" else "wgmma" if hopper else "mma"
+        if report.tensor_cores != expected:
+            return f"products run on {report.tensor_cores}, expected {expected}"
+    return None
+
+
+def left_rows(one: Launch, constants: dict[str, Any]) -> int:
+    """Rows of the left operand: wgmma takes 64 at a time."""
+    name = "BLOCK_I" if "weight_grad" in one.kernel else "BLOCK_P"
+    return int(constants[name if name in constants else "BLOCK_R"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_every_row_compiles_without_spills(capability: int) -> None:
+    found = launches(capability)
+    with concurrent.futures.ProcessPoolExecutor(
+        2, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
+        reports = list(pool.map(triton_aot.compile_launch, found))
+    wrong = [
+        f"{one.kernel} {dict(one.constants)} {one.num_warps} warps {one.num_stages}: {problem}"
+        for one, report in zip(found, reports, strict=True)
+        if (problem := problem_of(one, report))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_an_unknown_gpu_gets_tiles_that_fit_everywhere() -> None:
+    assert configs.SAFE is configs.ARCHITECTURES[8, 6]
+    assert isinstance(configs.SAFE, Architecture) and min(SHARED.values()) == SHARED[86]

@@ -55,7 +55,7 @@ struct Conv {
             --tiles_per_task;
         tasks_per_batch = ceil_div(tiles, tiles_per_task);
         const int64_t floats =
-            acc_floats() + 2 * channel_floats() + fold() + target_floats() + h_floats();
+            acc_floats() + 2 * channel_floats() + fold() + tiles_per_task * target_floats() + h_floats();
         worker_bytes = round_up(tiles_per_task * panel_bytes + 4 * floats, 4096) + 64;
         const int64_t term_bytes =
             round_up(int64_t{sizeof(Term)} * mixing.max_terms() * (1 + 3), 64);
@@ -132,13 +132,22 @@ struct Conv {
         float* fold_buffer = second_buffer + channel_floats();
         float* target = fold_buffer + fold();
         Engine::begin();
-        for (int64_t j = first; j < last; ++j)
-            fill_panel(tile(b, j), memory + (j - first) * panel_bytes, buffer, fold_buffer, target);
+        const PixelTile start = tile(b, first);
+        const int64_t row_bytes = min64((last - first) * kWidth, args.P - start.p) * element_size(args.x.dtype);
+        const int64_t group = reader.group();
+        for (int64_t c = 0; c < args.I; c += group) {
+            reader.prefetch(start, c + kAhead, row_bytes);
+            for (int64_t j = first; j < last; ++j) {
+                fill_panel(tile(b, j), c, min64(c + group, args.I), memory + (j - first) * panel_bytes, buffer, fold_buffer,
+                           target + (j - first) * target_floats());
+            }
+        }
         for (int64_t ob = 0; ob < blocks; ++ob) {
             const int rows = static_cast<int>(min64(step, args.O - ob * step));
             for (int64_t j = first; j < last; ++j) {
                 const PixelTile where = tile(b, j);
                 const int vecs = static_cast<int>(ceil_div(where.count, kLanes));
+                writer.prefetch(where, ob * step, rows);
                 multiply(ob, memory + (j - first) * panel_bytes, rows, vecs, acc);
                 mixing.combine(acc, acc_stride(), rows * kWidth);
                 for (int m = 0; m < rows; ++m) {
@@ -150,11 +159,11 @@ struct Conv {
         }
     }
 
-    void fill_panel(const PixelTile& where, char* panel, float* buffer, float* fold_buffer,
+    void fill_panel(const PixelTile& where, int64_t begin, int64_t end, char* panel, float* buffer, float* fold_buffer,
                     float* target) {
         const int vecs = static_cast<int>(ceil_div(where.count, kLanes));
         const int64_t stride = Engine::target_stride(args.I);
-        reader.for_each_channel(where, 0, args.I, buffer, [&](int64_t c, const Rows& rows) {
+        reader.for_each_channel(where, begin, end, buffer, [&](int64_t c, const Rows& rows) {
             float* out = Engine::target(panel, target, c, mixing.planes());
             analyze(*args.analysis, rows, vecs, out, stride, fold_buffer);
             mixing.add_sums(out, stride, vecs);

@@ -108,6 +108,9 @@ struct Rows {
     int64_t stride_t;
 };
 
+// Channels between a prefetch and its use.
+constexpr int64_t kAhead = 6;
+
 // Reads tiles of a tensor, applying the sign bits that belong to it.
 struct Reader {
     View view;
@@ -118,6 +121,15 @@ struct Reader {
     // Channels that are best read together: the vector's length where channels are contiguous,
     // else 1.
     int group() const { return view.stride_c == 1 && view.stride_p != 1 ? kLanes : 1; }
+
+    // Asks for `bytes` of all rows of a channel: too short and too far apart for the hardware to see them coming.
+    void prefetch(const PixelTile& tile, int64_t c, int64_t bytes) const {
+        if (view.stride_p != 1 || c >= C) return;
+        for (int t = 0; t < T; ++t) {
+            const char* row = element(view, tile.b, t, c, tile.p);
+            for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(row + j);
+        }
+    }
 
     bool in_place(const PixelTile& tile) const {
         return view.dtype == kFloat32 && view.stride_p == 1 && tile.count == kWidth && !bits.data;

@@ -26,6 +26,17 @@ struct Writer {
           O(a.O),
           bytes(ceil_div(a.P, 8)) {}
 
+    // Asks for the memory of a block, to be written after the products that come first.
+    void prefetch(const PixelTile& tile, int64_t o, int rows) const {
+        if (y.stride_p != 1) return;
+        for (int m = 0; m < rows; ++m) {
+            for (int t = 0; t < n; ++t) {
+                const char* row = element(y, tile.b, t, o + m, tile.p);
+                for (int64_t j = 0; j < tile.count * element_size(y.dtype); j += 64) __builtin_prefetch(row + j, 1);
+            }
+        }
+    }
+
     // h: [rows][n][kWidth], overwritten. buffer: [kLanes][n][kWidth].
     void write(const PixelTile& tile, int64_t o, int rows, int vecs, float* h,
                float* buffer) const {

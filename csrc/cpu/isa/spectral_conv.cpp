@@ -54,8 +54,8 @@ struct Conv {
         while (tiles_per_task > 1 && args.B * ceil_div(tiles, tiles_per_task) < 4 * args.threads)
             --tiles_per_task;
         tasks_per_batch = ceil_div(tiles, tiles_per_task);
-        const int64_t floats =
-            acc_floats() + 2 * channel_floats() + fold() + tiles_per_task * target_floats() + h_floats();
+        const int64_t floats = acc_floats() + 2 * channel_floats() + fold() +
+                               tiles_per_task * target_floats() + h_floats();
         worker_bytes = round_up(tiles_per_task * panel_bytes + 4 * floats, 4096) + 64;
         const int64_t term_bytes =
             round_up(int64_t{sizeof(Term)} * mixing.max_terms() * (1 + 3), 64);
@@ -133,12 +133,14 @@ struct Conv {
         float* target = fold_buffer + fold();
         Engine::begin();
         const PixelTile start = tile(b, first);
-        const int64_t row_bytes = min64((last - first) * kWidth, args.P - start.p) * element_size(args.x.dtype);
+        const int64_t row_bytes =
+            min64((last - first) * kWidth, args.P - start.p) * element_size(args.x.dtype);
         const int64_t group = reader.group();
         for (int64_t c = 0; c < args.I; c += group) {
             reader.prefetch(start, c + kAhead, row_bytes);
             for (int64_t j = first; j < last; ++j) {
-                fill_panel(tile(b, j), c, min64(c + group, args.I), memory + (j - first) * panel_bytes, buffer, fold_buffer,
+                fill_panel(tile(b, j), c, min64(c + group, args.I),
+                           memory + (j - first) * panel_bytes, buffer, fold_buffer,
                            target + (j - first) * target_floats());
             }
         }
@@ -159,8 +161,8 @@ struct Conv {
         }
     }
 
-    void fill_panel(const PixelTile& where, int64_t begin, int64_t end, char* panel, float* buffer, float* fold_buffer,
-                    float* target) {
+    void fill_panel(const PixelTile& where, int64_t begin, int64_t end, char* panel, float* buffer,
+                    float* fold_buffer, float* target) {
         const int vecs = static_cast<int>(ceil_div(where.count, kLanes));
         const int64_t stride = Engine::target_stride(args.I);
         reader.for_each_channel(where, begin, end, buffer, [&](int64_t c, const Rows& rows) {

@@ -122,7 +122,8 @@ struct Reader {
     // else 1.
     int group() const { return view.stride_c == 1 && view.stride_p != 1 ? kLanes : 1; }
 
-    // Asks for `bytes` of all rows of a channel: too short and too far apart for the hardware to see them coming.
+    // Asks for `bytes` of all rows of a channel: too short and too far apart for the hardware to
+    // see them coming.
     void prefetch(const PixelTile& tile, int64_t c, int64_t bytes) const {
         if (view.stride_p != 1 || c >= C) return;
         for (int t = 0; t < T; ++t) {

@@ -7,20 +7,28 @@
 // sum, and the sums are added in order, so a result depends on the number of threads but not on
 // their timing.
 #include "../parallel.h"
+#include "bfloat16.h"
 #include "isa.h"
-#include "mixing.h"
 
 namespace DSNO_ISA {
 namespace {
 
 constexpr int64_t kPanelBytes = 512 << 10;
-constexpr int kMaxTilesPerChunk = 4;
 
 struct Product {
     int acc, x, grad;
 };
 
+// How products are computed (engines.h). Words of panels hold one float32 or two bfloat16, of
+// neighboring pixels.
+enum class Unit { kFma, kDot, kAmx };
+
+template <Unit kUnit, int kParts>
 struct WeightGrad {
+    static constexpr bool kPairs = kUnit != Unit::kFma;
+    static constexpr int kPixels = kPairs ? 2 : 1;  // of a word
+    static constexpr int kMaxTiles = kPairs ? 8 : 4;
+
     const WeightGradArgs& args;
     Mixing x_planes, grad_planes;
     Reader x, grad;
@@ -32,8 +40,8 @@ struct WeightGrad {
 
     explicit WeightGrad(const WeightGradArgs& a)
         : args(a),
-          x_planes(a.K, a.x_analysis->imaginary, a.grad_analysis->imaginary, true),
-          grad_planes(a.K, a.grad_analysis->imaginary, a.x_analysis->imaginary, true),
+          x_planes(a.K, a.x_analysis->imaginary, a.grad_analysis->imaginary, !kPairs),
+          grad_planes(a.K, a.grad_analysis->imaginary, a.x_analysis->imaginary, !kPairs),
           x{a.x, {nullptr, 1.0f}, a.T, a.I, 0},
           grad{a.grad, a.grad_positive, a.n, a.O, ceil_div(a.P, 8)} {}
 
@@ -46,40 +54,58 @@ struct WeightGrad {
     bool has_third(int k) const { return k >= 1 && k <= x_planes.x_imag; }
     bool is_gauss(int k) const { return k >= 1 && k <= x_planes.gauss; }
 
-    void list_products() {
-        for (int k = 0; k < args.K; ++k) {
-            if (is_gauss(k)) {
-                products[product_count++] = {first(k), x_planes.sum_plane(k),
-                                             grad_planes.sum_plane(k)};
-            } else {
-                products[product_count++] = {first(k), k, k};
-            }
-            if (has_second(k))
-                products[product_count++] = {second(k), k, grad_planes.imag_plane(k)};
-            if (has_third(k)) products[product_count++] = {third(k), x_planes.imag_plane(k), k};
+    void add_product(int acc, int x_plane, int grad_plane) {
+        for (int part = 0; part < (kParts == 2 ? 3 : 1); ++part) {
+            const int x_part = part == 2, grad_part = part == 1;
+            products[product_count++] = {acc, x_plane + x_part * x_planes.planes(),
+                                         grad_plane + grad_part * grad_planes.planes()};
         }
     }
 
-    int64_t depth() const { return tiles_per_chunk * kWidth; }
-    int64_t x_floats() const { return x_planes.planes() * args.I * depth(); }
-    int64_t grad_floats() const { return grad_planes.planes() * blocks * depth() * kWidth; }
+    void list_products() {
+        for (int k = 0; k < args.K; ++k) {
+            if (is_gauss(k)) {
+                add_product(first(k), x_planes.sum_plane(k), grad_planes.sum_plane(k));
+            } else {
+                add_product(first(k), k, k);
+                if (has_second(k) && has_third(k)) {
+                    add_product(first(k), x_planes.imag_plane(k), grad_planes.imag_plane(k));
+                }
+            }
+            if (has_second(k)) add_product(second(k), k, grad_planes.imag_plane(k));
+            if (has_third(k)) add_product(third(k), x_planes.imag_plane(k), k);
+        }
+    }
+
+    // Rows of a sum; with tiles, those behind I are never read.
+    int64_t rows() const { return kUnit == Unit::kAmx ? round_up(args.I, 32) : args.I; }
+    // Words of a row of x.
+    int64_t depth() const { return tiles_per_chunk * kWidth / kPixels; }
+    int64_t x_plane() const { return rows() * depth(); }
+    int64_t grad_plane() const { return blocks * depth() * kWidth; }
+    int64_t x_floats() const { return kParts * x_planes.planes() * x_plane(); }
+    int64_t grad_floats() const { return kParts * grad_planes.planes() * grad_plane(); }
     int64_t buffer_floats() const { return kLanes * max64(args.T, args.n) * kWidth; }
-    int64_t lines_floats() const { return grad_planes.planes() * kLanes * kWidth; }
+    int64_t lines_floats() const {
+        return max64(grad_planes.planes(), x_planes.planes()) * kLanes * kWidth;
+    }
 
     bool prepare() {
         blocks = ceil_div(args.O, kWidth);
         tiles = ceil_div(args.P, kWidth);
+        const int64_t tile_words = kWidth / kPixels;
         const int64_t tile_bytes =
-            4 * kWidth * (x_planes.planes() * args.I + grad_planes.planes() * blocks * kWidth);
-        tiles_per_chunk = max64(1, min64(kMaxTilesPerChunk, kPanelBytes / tile_bytes));
+            4 * tile_words * kParts *
+            (x_planes.planes() * rows() + grad_planes.planes() * blocks * kWidth);
+        tiles_per_chunk = max64(1, min64(kMaxTiles, kPanelBytes / tile_bytes));
         tiles_per_chunk = min64(tiles_per_chunk, tiles);
         chunks = args.B * ceil_div(tiles, tiles_per_chunk);
         splits = min64(args.threads, chunks);
-        part_floats = accumulators() * blocks * args.I * kWidth;
+        part_floats = accumulators() * blocks * rows() * kWidth;
         const int64_t floats = part_floats + x_floats() + grad_floats() + buffer_floats() +
                                lines_floats() + fold_floats(max64(args.T, args.n));
         worker_bytes = round_up(4 * floats, 4096) + 64;
-        const int64_t product_bytes = round_up(int64_t{sizeof(Product)} * 3 * args.K, 64);
+        const int64_t product_bytes = round_up(int64_t{sizeof(Product)} * 12 * args.K, 64);
         char* memory =
             static_cast<char*>(scratch(static_cast<size_t>(product_bytes + splits * worker_bytes)));
         if (!memory) return false;
@@ -97,8 +123,14 @@ struct WeightGrad {
         auto& self = *static_cast<WeightGrad*>(context);
         const int64_t begin = split * self.chunks / self.splits,
                       end = (split + 1) * self.chunks / self.splits;
+#if defined(__AMX_BF16__)
+        if (kUnit == Unit::kAmx) configure_tiles();
+#endif
         for (int64_t chunk = begin; chunk < end; ++chunk)
             self.run_chunk(chunk, self.part(split), chunk > begin);
+#if defined(__AMX_BF16__)
+        if (kUnit == Unit::kAmx) _tile_release();
+#endif
     }
 
     void run_chunk(int64_t chunk, float* sums, bool accumulate) {
@@ -111,70 +143,158 @@ struct WeightGrad {
         const int64_t b = chunk / chunks_per_batch,
                       begin = chunk % chunks_per_batch * tiles_per_chunk;
         const int64_t end = min64(tiles, begin + tiles_per_chunk);
-        for (int64_t j = begin; j < end; ++j) {
-            const PixelTile tile{b, j * kWidth,
-                                 static_cast<int>(min64(kWidth, args.P - j * kWidth))};
-            const int64_t p = (j - begin) * kWidth;
-            fill_x(tile, x_panel + p, buffer, fold);
-            fill_grad(tile, grad_panel + p * kWidth, buffer, lines, fold);
+        const int64_t pixels = min64((end - begin) * kWidth, args.P - begin * kWidth);
+        for (int64_t c = 0; c < args.I; c += x.group()) {
+            x.prefetch(tile(b, begin), c + kAhead, pixels * element_size(args.x.dtype));
+            for (int64_t j = begin; j < end; ++j) {
+                fill_x(tile(b, j), c, x_panel + (j - begin) * kWidth / kPixels, buffer, lines,
+                       fold);
+            }
         }
-        multiply(x_panel, grad_panel, (end - begin) * kWidth, sums, accumulate);
+        for (int64_t o = 0; o < blocks * kWidth; o += kLanes) {
+            for (int64_t c = o; c < o + kLanes; ++c) {
+                grad.prefetch(tile(b, begin), c, pixels * element_size(args.grad.dtype));
+            }
+            for (int64_t j = begin; j < end; ++j) {
+                fill_grad(tile(b, j), o, grad_panel + (j - begin) * kWidth / kPixels * kWidth,
+                          buffer, lines, fold);
+            }
+        }
+        multiply(x_panel, grad_panel, (end - begin) * kWidth / kPixels, sums, accumulate);
     }
 
-    // Panel of x: [plane][i][pixel].
-    void fill_x(const PixelTile& tile, float* panel, float* buffer, float* fold) {
-        const int64_t stride = args.I * depth();
-        x.for_each_channel(tile, 0, args.I, buffer, [&](int64_t c, const Rows& rows) {
-            float* out = panel + c * depth();
+    PixelTile tile(int64_t b, int64_t index) const {
+        return {b, index * kWidth, static_cast<int>(min64(kWidth, args.P - index * kWidth))};
+    }
+
+    // A group of channels in the panel of x: [plane][i][pixel].
+    void fill_x(const PixelTile& where, int64_t begin, float* panel, float* buffer, float* lines,
+                float* fold) {
+        const int64_t end = min64(args.I, begin + x.group());
+        x.for_each_channel(where, begin, end, buffer, [&](int64_t c, const Rows& rows) {
+            float* out = kPairs ? lines : panel + c * depth();
+            const int64_t stride = kPairs ? kWidth : x_plane();
             analyze(*args.x_analysis, rows, kVecs, out, stride, fold);
             x_planes.add_sums(out, stride, kVecs);
+#if defined(__AVX512BF16__)
+            if (!kPairs) return;
+            for (int plane = 0; plane < x_planes.planes(); ++plane) {
+                const Vec low = load(lines + plane * kWidth),
+                          high = load(lines + plane * kWidth + kLanes);
+                float* words = panel + plane * x_plane() + c * depth();
+                store(words, pack_row(low, high));
+                if (kParts == 2) {
+                    store(words + x_planes.planes() * x_plane(),
+                          pack_row(low - rounded(low), high - rounded(high)));
+                }
+            }
+#endif
         });
     }
 
-    // Panel of g: [plane][block][pixel][kWidth channels].
-    void fill_grad(const PixelTile& tile, float* panel, float* buffer, float* lines, float* fold) {
+    // A group of kLanes channels in the panel of g: [plane][block][pixel][kWidth channels].
+    void fill_grad(const PixelTile& where, int64_t o, float* panel, float* buffer, float* lines,
+                   float* fold) {
         const int64_t stride = kLanes * kWidth;
-        for (int64_t o = 0; o < blocks * kWidth; o += kLanes) {
-            const int64_t channels = max64(0, min64(kLanes, args.O - o));
-            if (channels < kLanes) std::memset(lines, 0, static_cast<size_t>(4 * lines_floats()));
-            grad.for_each_channel(tile, o, o + channels, buffer, [&](int64_t c, const Rows& rows) {
-                float* out = lines + (c - o) * kWidth;
-                analyze(*args.grad_analysis, rows, kVecs, out, stride, fold);
-                grad_planes.add_sums(out, stride, kVecs);
-            });
-            for (int plane = 0; plane < grad_planes.planes(); ++plane) {
-                float* out = panel + (plane * blocks + o / kWidth) * depth() * kWidth + o % kWidth;
-                for (int v = 0; v < kVecs; ++v) {
-                    Vec block[kLanes];
-                    for (int j = 0; j < kLanes; ++j)
-                        block[j] = load(lines + plane * stride + j * kWidth + v * kLanes);
-                    transpose(block);
-                    for (int j = 0; j < kLanes; ++j)
-                        store(out + (v * kLanes + j) * kWidth, block[j]);
-                }
+        const int64_t channels = max64(0, min64(kLanes, args.O - o));
+        if (channels < kLanes) std::memset(lines, 0, static_cast<size_t>(4 * lines_floats()));
+        grad.for_each_channel(where, o, o + channels, buffer, [&](int64_t c, const Rows& rows) {
+            float* out = lines + (c - o) * kWidth;
+            analyze(*args.grad_analysis, rows, kVecs, out, stride, fold);
+            grad_planes.add_sums(out, stride, kVecs);
+        });
+        for (int plane = 0; plane < grad_planes.planes(); ++plane) {
+            const float* from = lines + plane * stride;
+            float* out = panel + plane * grad_plane() + o / kWidth * depth() * kWidth + o % kWidth;
+            if (kPairs) {
+                transpose_words(from, 0, out);
+                if (kParts == 2)
+                    transpose_words(from, 1, out + grad_planes.planes() * grad_plane());
+                continue;
+            }
+            for (int v = 0; v < kVecs; ++v) {
+                Vec block[kLanes];
+                for (int j = 0; j < kLanes; ++j) block[j] = load(from + j * kWidth + v * kLanes);
+                transpose(block);
+                for (int j = 0; j < kLanes; ++j) store(out + (v * kLanes + j) * kWidth, block[j]);
             }
         }
     }
 
-    void multiply(const float* x_panel, const float* grad_panel, int64_t pixels, float* sums,
+    // [kLanes channels][kWidth pixels] to [kWidth / 2 words][kLanes channels].
+    void transpose_words(const float* from, int part, float* out) const {
+#if defined(__AVX512BF16__)
+        Vec block[kLanes];
+        for (int j = 0; j < kLanes; ++j) {
+            const Vec low = load(from + j * kWidth), high = load(from + j * kWidth + kLanes);
+            block[j] =
+                part ? pack_row(low - rounded(low), high - rounded(high)) : pack_row(low, high);
+        }
+        transpose(block);
+        for (int j = 0; j < kLanes; ++j) store(out + j * kWidth, block[j]);
+#else
+        (void)from, (void)part, (void)out;
+#endif
+    }
+
+    void multiply(const float* x_panel, const float* grad_panel, int64_t words, float* sums,
                   bool accumulate) {
-        const int64_t step = ceil_div(args.I, ceil_div(args.I, kRows));
-        for (int j = 0; j < product_count; ++j) {
-            const bool add = accumulate || (j > 0 && products[j].acc == products[j - 1].acc);
+        for (int begin = 0; begin < product_count;) {
+            int end = begin;
+            while (end < product_count && products[end].acc == products[begin].acc) ++end;
             for (int64_t ob = 0; ob < blocks; ++ob) {
-                const float* g = grad_panel + (products[j].grad * blocks + ob) * depth() * kWidth;
-                for (int64_t i = 0; i < args.I; i += step) {
-                    const float* rows = x_panel + (products[j].x * args.I + i) * depth();
-                    float* out = sums + ((products[j].acc * blocks + ob) * args.I + i) * kWidth;
-                    gemm_block<false>(static_cast<int>(min64(step, args.I - i)), kVecs, add,
-                                      {rows, depth(), 1, g, kWidth, out, kWidth, pixels});
+                float* out = sums + (products[begin].acc * blocks + ob) * rows() * kWidth;
+                const float* g = grad_panel + ob * depth() * kWidth;
+                multiply_block(begin, end, x_panel, g, words, out, accumulate);
+            }
+            begin = end;
+        }
+    }
+
+    // The products [begin, end) of one accumulator and one block of output channels.
+    void multiply_block(int begin, int end, const float* x_panel, const float* g, int64_t words,
+                        float* out, bool accumulate) {
+#if defined(__AMX_BF16__)
+        if (kUnit == Unit::kAmx) {
+            finish_stores();
+            for (int64_t i = 0; i < rows(); i += 2 * kTileRows) {
+                accumulate ? amx_load<2, 2>(out + i * kWidth) : amx_zero<2, 2>();
+                for (int j = begin; j < end; ++j) {
+                    const float* a = x_panel + products[j].x * x_plane() + i * depth();
+                    const float* b = g + products[j].grad * grad_plane();
+                    amx_accumulate<2, 2>(reinterpret_cast<const char*>(a), 4 * depth(),
+                                         4 * kTileRows * depth(), 4 * kTileWords,
+                                         reinterpret_cast<const char*>(b), words / kTileWords);
                 }
+                amx_store<2, 2>(out + i * kWidth);
+            }
+            return;
+        }
+#endif
+#if defined(__AVX512BF16__)
+        if (kUnit == Unit::kDot)
+            return multiply_rows<DotAdd>(begin, end, x_panel, g, words, out, accumulate);
+#endif
+        multiply_rows<MultiplyAdd>(begin, end, x_panel, g, words, out, accumulate);
+    }
+
+    template <class Op>
+    void multiply_rows(int begin, int end, const float* x_panel, const float* g, int64_t words,
+                       float* out, bool accumulate) {
+        const int64_t step = ceil_div(args.I, ceil_div(args.I, kRows));
+        for (int64_t i = 0; i < args.I; i += step) {
+            for (int j = begin; j < end; ++j) {
+                const float* a = x_panel + products[j].x * x_plane() + i * depth();
+                const float* b = g + products[j].grad * grad_plane();
+                gemm_block<false, Op>(static_cast<int>(min64(step, args.I - i)), kVecs,
+                                      accumulate || j > begin,
+                                      {a, depth(), 1, b, kWidth, out + i * kWidth, kWidth, words});
             }
         }
     }
 
     Vec total(int acc, int64_t ob, int64_t i, int v) const {
-        const int64_t offset = ((acc * blocks + ob) * args.I + i) * kWidth + v * kLanes;
+        const int64_t offset = ((acc * blocks + ob) * rows() + i) * kWidth + v * kLanes;
         Vec sum = load(part(0) + offset);
         for (int64_t split = 1; split < splits; ++split) sum = sum + load(part(split) + offset);
         return sum;
@@ -218,7 +338,13 @@ struct WeightGrad {
 
 bool spectral_conv_weight_grad(const WeightGradArgs& args) {
     if (rows_path_serves(args)) return spectral_conv_weight_grad_rows(args);
-    return WeightGrad(args).run();
+#if defined(__AMX_BF16__)
+    if (args.precision == kBf16) return WeightGrad<Unit::kAmx, 1>(args).run();
+    if (args.precision != kFp32) return WeightGrad<Unit::kAmx, 2>(args).run();
+#elif defined(__AVX512BF16__)
+    if (args.precision == kBf16) return WeightGrad<Unit::kDot, 1>(args).run();
+#endif
+    return WeightGrad<Unit::kFma, 1>(args).run();
 }
 
 }  // namespace DSNO_ISA

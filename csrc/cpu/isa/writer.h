@@ -32,7 +32,8 @@ struct Writer {
         for (int m = 0; m < rows; ++m) {
             for (int t = 0; t < n; ++t) {
                 const char* row = element(y, tile.b, t, o + m, tile.p);
-                for (int64_t j = 0; j < tile.count * element_size(y.dtype); j += 64) __builtin_prefetch(row + j, 1);
+                for (int64_t j = 0; j < tile.count * element_size(y.dtype); j += 64)
+                    __builtin_prefetch(row + j, 1);
             }
         }
     }

@@ -1,10 +1,14 @@
 """Launch parameters: one table per architecture; nothing is tuned at run time.
 
-A row is chosen by kernel, by method (how the products are computed) and by shape class. Classes of
-the kernels that hold all coefficients on chip: "3" up to 4 times and 3 coefficients, "4" up to 4
-times, "8" up to 8 times. `narrow` rows serve problems that would leave most of the GPU idle with
-the wide tiles. Architectures that are not listed take the row of the smallest shared memory, which
-fits everywhere. Every row compiles without spills (tests/test_triton_aot.py).
+A row is chosen by kernel, by method (how the products are computed) and by shape class. The fused
+kernels hold all coefficients of a tile on chip; their classes are "3" (up to 4 times, 3
+coefficients), "4" (up to 4 times) and "8" (up to 8). A class without a row, where no tile fits the
+registers, and all longer transforms run on the planar kernels. `narrow` rows serve problems that
+would leave most of the GPU idle with the wide tiles. Architectures that are not listed take the
+table of the smallest shared memory, which fits everywhere.
+
+The tiles are the largest of a hand-made list that compile without spills, as
+tests/test_triton_aot.py checks; none has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -30,8 +34,6 @@ class Architecture(NamedTuple):
 
 
 MAX_LENGTH = 8  # of the fused kernels: a tile holds all times and coefficients on chip
-
-METHODS = ("ieee", "tf32x3", "tf32", "bf16x3", "bf16")
 
 
 PACK_WEIGHT = Config((32, 32, 1), 4, 1)
@@ -181,7 +183,7 @@ _SM80 = _rows(
             "tf32x3": Config((64, 32, 16), 4, 2),
         },
         "truncated_irfft": {
-            "tf32x3": Config((64, 32, 16), 4, 2),
+            "tf32x3": Config((64, 32, 16), 8, 2),
         },
     }
 )

@@ -294,6 +294,7 @@ class BuildExtension(build_ext):
             f"-I{path}" for path in includes[2:]
         ]
         base += ["-DDSNO_KERNELS_CUDA"] if cuda else []
+        # The tests of the packaging build without the CPU kernels, to be quick.
         base += ["-DDSNO_KERNELS_CPU"] if (bindings / "bind_cpu.cpp").exists() else []
         base += [f"-DDSNO_WITHOUT_{name.upper()}" for name in ISA_FLAGS if name not in isas]
         rows: list[tuple[Path, str, list[str]]] = []

@@ -4,10 +4,13 @@ against the teacher's.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,10 +31,6 @@ class Pair(NamedTuple):
 
     original: float
     ours: float
-
-    @property
-    def ratio(self) -> float:
-        return self.original / self.ours
 
 
 class Parity(NamedTuple):
@@ -132,9 +131,11 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        _quiet_stderr(),
+        torch.profiler.profile(activities=activities, profile_memory=True) as profiler,
+    ):
         step()
     results = profiler.profiler.kineto_results
     events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
@@ -143,6 +144,20 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         held += nbytes
         peak = max(peak, held)
     return peak
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drop what the profiler's C++ writes about itself, which no Python setting turns off."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def nearest_distance(samples: Tensor, images: Tensor) -> float:

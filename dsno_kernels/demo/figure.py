@@ -63,7 +63,7 @@ def draw(
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(17, 9.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.0, 0.95])
+    left, right = figure.subfigures(1, 2, width_ratios=[1.0, 0.95], wspace=0.03)
     upper, lower = left.subfigures(2, 1, height_ratios=[3.0, 1.5])
     for ax, (title, images) in zip(
         upper.subplots(len(blocks), 1, squeeze=False)[:, 0], blocks, strict=True
@@ -91,20 +91,27 @@ def _show(ax, title: str, picture: np.ndarray) -> None:  # type: ignore[no-untyp
 
 def _write_tables(ax, sections: list[Section]) -> None:  # type: ignore[no-untyped-def]
     ax.axis("off")
-    height = 1.0 / sum(len(section.rows) + 2.2 for section in sections)
+    line = 1.0 / sum(len(section.rows) + 3.0 for section in sections)
     y = 1.0
+
+    def write(x: float, text: str, align: str = "left", **style: object) -> None:
+        ax.text(
+            x, y, text, va="top", ha=align, transform=ax.transAxes, **{"fontsize": 9.5, **style}
+        )
+
     for section in sections:
-        ax.text(0.0, y, section.title, fontsize=10.5, weight="bold", va="top")
-        for x, text in zip((0.48, 0.68), section.columns, strict=True):
-            ax.text(x, y, text, fontsize=9.5, color="0.35", va="top", ha="right")
-        y -= 1.15 * height
+        write(0.0, section.title, fontsize=11, weight="bold")
+        y -= line
+        for x, text in zip((0.52, 0.68), section.columns, strict=True):
+            write(x, text, "right", color="0.35")
+        y -= line
         for row in section.rows:
-            ax.text(0.0, y, row.name, fontsize=9, va="top")
-            ax.text(0.48, y, row.first, fontsize=9, va="top", ha="right")
-            ax.text(0.68, y, row.second, fontsize=9, va="top", ha="right")
-            ax.text(0.71, y, row.note, fontsize=9, va="top", color="0.2")
-            y -= height
-        y -= 1.05 * height
+            write(0.0, row.name)
+            write(0.52, row.first, "right")
+            write(0.68, row.second, "right")
+            write(0.71, row.note, color="0.35", fontsize=8.5)
+            y -= line
+        y -= line
 
 
 def table(section: Section) -> str:

@@ -119,7 +119,7 @@ def quality_section(images: Tensor, wanted: Tensor, made: Tensor) -> Section:
     """Teacher and student on noises that no training step saw."""
     normal = compare.normal_samples(images, len(made))
     neighbors = torch.cdist(images.flatten(1), images.flatten(1)).fill_diagonal_(torch.inf).amin(1)
-    between = f"; between real images {neighbors.mean():.2f}" if len(images) > 1 else ""
+    between = f"real images to each other: {neighbors.mean():.2f}" if len(images) > 1 else ""
     distances = [compare.nearest_distance(samples, images) for samples in (wanted, made, normal)]
     frechet = [compare.frechet_distance(samples, images) for samples in (wanted, made)]
     shift = (made - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
@@ -132,13 +132,14 @@ def quality_section(images: Tensor, wanted: Tensor, made: Tensor) -> Section:
                 "distance to the nearest real image",
                 f"{distances[0]:.2f}",
                 f"{distances[1]:.2f}",
-                f"normal fit {distances[2]:.2f}{between}",
+                between,
             ),
+            Row("the same of a normal fit's draws", "", f"{distances[2]:.2f}", "no model at all"),
             Row(
                 "Fréchet distance on pixels",
                 f"{frechet[0]:.2f}",
                 f"{frechet[1]:.2f}",
-                "0: same mean and covariance",
+                "0: mean and covariance agree",
             ),
             Row("student - teacher, relative RMS", "", f"{shift:.2f}", "same noise"),
         ],
@@ -229,21 +230,20 @@ def training_section(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> 
 
 
 def duration_row(name: str, pair: compare.Pair) -> Row:
-    return Row(
-        name,
-        f"{pair.original * 1e3:.1f} ms",
-        f"{pair.ours * 1e3:.1f} ms",
-        f"{pair.ratio:.2f}x faster",
-    )
+    first, second = (f"{seconds * 1e3:.1f} ms" for seconds in pair)
+    return Row(name, first, second, versus(*pair, "faster", "slower"))
 
 
 def memory_row(name: str, original: int, ours: int) -> Row:
-    return Row(
-        name,
-        f"{original / 2**20:.1f} MiB",
-        f"{ours / 2**20:.1f} MiB",
-        f"{original / ours:.2f}x less",
-    )
+    first, second = (f"{size / 2**20:.1f} MiB" for size in (original, ours))
+    return Row(name, first, second, versus(original, ours, "less", "more"))
+
+
+def versus(original: float, ours: float, better: str, worse: str) -> str:
+    """How many times better or worse ours is, in words."""
+    if ours <= original:
+        return f"{original / ours:.2f}x {better}"
+    return f"{ours / original:.2f}x {worse}"
 
 
 def describe(device: torch.device) -> str:

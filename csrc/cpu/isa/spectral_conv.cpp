@@ -54,8 +54,8 @@ struct Conv {
         while (tiles_per_task > 1 && args.B * ceil_div(tiles, tiles_per_task) < 4 * args.threads)
             --tiles_per_task;
         tasks_per_batch = ceil_div(tiles, tiles_per_task);
-        const int64_t floats = acc_floats() + 2 * channel_floats() + fold() +
-                               tiles_per_task * target_floats() + h_floats();
+        const int64_t floats = tiles_per_task * (acc_floats() + target_floats()) + 2 * channel_floats() + fold() +
+                               h_floats();
         worker_bytes = round_up(tiles_per_task * panel_bytes + 4 * floats, 4096) + 64;
         const int64_t term_bytes =
             round_up(int64_t{sizeof(Term)} * mixing.max_terms() * (1 + 3), 64);
@@ -126,7 +126,7 @@ struct Conv {
 
     void run_tiles(int64_t b, int64_t first, int64_t last, char* memory) {
         float* acc = reinterpret_cast<float*>(memory + tiles_per_task * panel_bytes);
-        float* h = acc + acc_floats();
+        float* h = acc + tiles_per_task * acc_floats();
         float* buffer = h + h_floats();
         float* second_buffer = buffer + channel_floats();
         float* fold_buffer = second_buffer + channel_floats();
@@ -146,24 +146,26 @@ struct Conv {
         }
         for (int64_t ob = 0; ob < blocks; ++ob) {
             const int rows = static_cast<int>(min64(step, args.O - ob * step));
+            for (int64_t j = first; j < last; ++j) writer.prefetch(tile(b, j), ob * step, rows);
+            multiply(b, first, last, ob, rows, memory, acc);
             for (int64_t j = first; j < last; ++j) {
                 const PixelTile where = tile(b, j);
-                const int vecs = static_cast<int>(ceil_div(where.count, kLanes));
-                writer.prefetch(where, ob * step, rows);
-                multiply(ob, memory + (j - first) * panel_bytes, rows, vecs, acc);
-                mixing.combine(acc, acc_stride(), rows * kWidth);
+                float* planes = acc + (j - first) * acc_floats();
+                mixing.combine(planes, acc_stride(), rows * kWidth);
                 for (int m = 0; m < rows; ++m) {
-                    synthesize(*args.synthesis, acc + m * kWidth, acc_stride(), vecs,
+                    synthesize(*args.synthesis, planes + m * kWidth, acc_stride(), vectors(where),
                                h + m * args.n * kWidth, fold_buffer);
                 }
-                writer.write(where, ob * step, rows, vecs, h, buffer);
+                writer.write(where, ob * step, rows, vectors(where), h, buffer);
             }
         }
     }
 
+    static int vectors(const PixelTile& where) { return static_cast<int>(ceil_div(where.count, kLanes)); }
+
     void fill_panel(const PixelTile& where, int64_t begin, int64_t end, char* panel, float* buffer,
                     float* fold_buffer, float* target) {
-        const int vecs = static_cast<int>(ceil_div(where.count, kLanes));
+        const int vecs = vectors(where);
         const int64_t stride = Engine::target_stride(args.I);
         reader.for_each_channel(where, begin, end, buffer, [&](int64_t c, const Rows& rows) {
             float* out = Engine::target(panel, target, c, mixing.planes());
@@ -173,13 +175,16 @@ struct Conv {
         });
     }
 
-    void multiply(int64_t ob, const char* panel, int rows, int vecs, float* acc) {
+    // One block of weights serves all tiles before the next is loaded.
+    void multiply(int64_t b, int64_t first, int64_t last, int64_t ob, int rows, const char* panels, float* acc) {
         for (int begin = 0; begin < term_count;) {
             int end = begin;
             while (end < term_count && terms[end].acc == terms[begin].acc) ++end;
-            Engine::multiply(terms + begin, end - begin, block(begin, ob), block_bytes, panel,
-                             mixing.planes(), args.I, step, rows, vecs,
-                             acc + terms[begin].acc * acc_stride());
+            for (int64_t j = first; j < last; ++j) {
+                Engine::multiply(terms + begin, end - begin, block(begin, ob), block_bytes,
+                                 panels + (j - first) * panel_bytes, mixing.planes(), args.I, step, rows, vectors(tile(b, j)),
+                                 acc + (j - first) * acc_floats() + terms[begin].acc * acc_stride());
+            }
             begin = end;
         }
     }

@@ -208,8 +208,8 @@ _SM86 = _rows(
             "tf32 3 narrow": Config((32, 32, 32), 4, 2),
             "tf32 4": Config((64, 16, 32), 4, 2),
             "tf32 4 narrow": Config((32, 32, 32), 4, 2),
-            "tf32 8": Config((32, 16, 16), 4, 2),
-            "tf32 8 narrow": Config((32, 16, 16), 4, 2),
+            "tf32 8": Config((32, 16, 16), 8, 2),
+            "tf32 8 narrow": Config((32, 16, 16), 8, 2),
             "bf16 3": Config((128, 16, 32), 8, 2),
             "bf16 3 narrow": Config((32, 32, 32), 4, 2),
             "bf16 4": Config((64, 16, 32), 4, 2),
@@ -251,7 +251,7 @@ _SM86 = _rows(
             "ieee": Config((64, 64, 32), 4, 2),
         },
         "truncated_irfft": {
-            "ieee": Config((64, 32, 16), 4, 2),
+            "ieee": Config((64, 32, 16), 8, 2),
         },
     }
 )

@@ -21,7 +21,7 @@ _EXTRAS = {
     "numpy": "numpy",
 }
 
-STEPS = 600
+STEPS = 900
 
 
 def parser() -> argparse.ArgumentParser:

@@ -36,7 +36,7 @@ def build(channels: int, size: int, device: torch.device) -> DSNO:
         image_size=size,
         image_channels=channels,
         channels=32,
-        channel_mult=(1, 2),
+        channel_mult=(1, 1),
         num_res_blocks=1,
         attention_resolutions=(),
         embedding_dim=64,

@@ -282,6 +282,15 @@ def test_nan_stays_in_its_transform(shim: Path, shape: tuple[int, ...]) -> None:
     assert not spectrum[[0, 2, 3]].isnan().any()
 
 
+def test_many_rows_give_each_output_a_thread(shim: Path) -> None:
+    """Few rows spread the terms of an output over a block; many rows take the other path."""
+    x = torch.randn(2051, 130)
+    spectrum, _ = execute(shim, x, 1, 66, inverse=False)
+    assert_close(spectrum, reference.truncated_rfft(x.double(), 66, dim=1), FLOAT32)
+    back, _ = execute(shim, spectrum, 1, 130, inverse=True)
+    assert_close(back, x.double(), FLOAT32)
+
+
 @pytest.mark.parametrize("shape", [(5, 16, 9), (40, 130)], ids=["columns", "rows"])
 def test_two_runs_are_bit_equal(shim: Path, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)

@@ -188,9 +188,11 @@ def plan(
         inner[0] == 1 if inverse else step == 1 and not (column.size > 1 and column.stride_in == 1)
     )
     if contiguous and n >= ROWS_FROM:
-        lanes = min(THREADS, 1 << (terms_out - 1).bit_length())
-        splits = -(-terms_out // lanes)
         tiles = -(-batch.size * column.size // (4 if kind == "f64" else 8))
+        lanes = min(THREADS, 1 << (terms_out - 1).bit_length())
+        while lanes > 8 and tiles * -(-terms_out // lanes) < BUSY // 4:  # blocks of few outputs
+            lanes //= 2
+        splits = -(-terms_out // lanes)
         return Plan(f"{name}_rows_{kind}", tiles * splits, (*numbers, splits, lanes))
     v, c = _variant(kind, inverse, terms_out, batch, column, step, part, offset)
     tiles = -(-batch.size * (column.size // v) // THREADS)

@@ -26,7 +26,7 @@ FRAMES = 4  # T of the published models
 TEACHER_STEPS = 64
 # Teacher trajectories to learn from: each noise is drawn a few times in the default number of
 # steps.
-MAX_NOISES = 16384
+MAX_NOISES = 8192
 HELD_OUT = 512  # noises no training step sees; quality is measured on them
 
 

@@ -47,7 +47,7 @@ def ddim_step(x: Tensor, denoised: Tensor, logsnr: Tensor, next_logsnr: Tensor) 
 
 
 def trajectories(
-    noise: Tensor, images: Tensor, steps: int, frames: int, batch: int = 2048
+    noise: Tensor, images: Tensor, steps: int, frames: int, batch: int = 512
 ) -> tuple[Tensor, Tensor]:
     """The ODE's states on the way from noise to data, at `frames` evenly spaced times.
 

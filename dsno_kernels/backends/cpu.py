@@ -1,8 +1,9 @@
-"""CPU kernels: C++ with SIMD (AVX2, AVX-512, AMX, or the compiler's own vectors), compiled into `dsno_kernels._C`.
+"""CPU kernels: C++ with SIMD (AVX2, AVX-512, AMX, or portable vectors), in `dsno_kernels._C`.
 
-They run on the OpenMP threads of PyTorch, `torch.get_num_threads()` of them. The truncated transforms are dense products
-with cosine and sine tables, folded by symmetry; where so many modes are kept that a fast Fourier transform does less
-work, the call goes to `reference`, whose transforms are those of `torch.fft`.
+They run on the OpenMP threads of PyTorch, `torch.get_num_threads()` of them. The truncated
+transforms are dense products with cosine and sine tables, folded by symmetry; where so many modes
+are kept that a fast Fourier transform does less work, the call goes to `reference`, whose
+transforms are those of `torch.fft`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PRECISIONS = {"fp32": 0, "bf16x3": 1, "tf32": 2, "bf16": 3}
 _NONE = (0, 0, 0, 0, 0, 0)
 
-# A dense transform of T points costs about T K operations at the speed of matrix products, a fast one 2.5 T log2(T) at a
-# tenth of it; the second bound keeps the tables (2 T K bytes) small.
+# A dense transform of T points costs about T K operations at the speed of matrix products, a fast
+# one 2.5 T log2(T) at a tenth of it; the second bound keeps the tables (2 T K bytes) small.
 _MAX_MODES = 256
 _MAX_TABLE = 1 << 21
 
@@ -81,9 +82,9 @@ def spectral_conv(
     others_fit = dtype in _DTYPES and (residual is None or residual.dtype in _DTYPES)
     if not others_fit or _prefers_fft(max(x.shape[time_dim], n), modes):
         return reference.spectral_conv(
-            x, weight, time_dim=time_dim, channel_dim=channel_dim, n=n, adjoint=adjoint, bias=bias, residual=residual,
-            negative_slope=negative_slope, out_dtype=out_dtype, save_positive=save_positive, x_positive=x_positive,
-            precision=precision,
+            x, weight, time_dim=time_dim, channel_dim=channel_dim, n=n, adjoint=adjoint, bias=bias,
+            residual=residual, negative_slope=negative_slope, out_dtype=out_dtype,
+            save_positive=save_positive, x_positive=x_positive, precision=precision,
         )  # fmt: skip
     x, axes = _layout.canonical(x, time_dim, channel_dim)
     stride_i, stride_o, stride_k, stride_part = weight.stride()
@@ -135,8 +136,8 @@ def spectral_conv_weight_grad(
 ) -> Tensor:
     if _prefers_fft(max(x.shape[time_dim], grad_output.shape[time_dim]), modes):
         return reference.spectral_conv_weight_grad(
-            x, grad_output, modes, time_dim=time_dim, channel_dim=channel_dim, grad_positive=grad_positive,
-            negative_slope=negative_slope, precision=precision,
+            x, grad_output, modes, time_dim=time_dim, channel_dim=channel_dim,
+            grad_positive=grad_positive, negative_slope=negative_slope, precision=precision,
         )  # fmt: skip
     x, axes = _layout.canonical(x, time_dim, channel_dim)
     grad_output, grad_axes = _layout.canonical(grad_output, time_dim, channel_dim)
@@ -162,7 +163,10 @@ def _transform_sizes(x: Tensor, dim: int) -> tuple[Tensor, int, int]:
 def _transform_axes(
     outer: int, T: int, modes: int, inner: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Sizes B, P; strides b, t, c, p of the signal; strides b, k, p of the spectrum: of the last axis, rows are pixels."""
+    """Sizes B, P; strides b, t, c, p of the signal; strides b, k, p of the spectrum.
+
+    Of a transform along the last axis, the rows are the pixels.
+    """
     if inner == 1:
         return (1, outer), (0, 1, 0, T), (0, 2, 2 * modes)
     return (outer, inner), (T * inner, inner, 0, 1), (2 * modes * inner, 2 * inner, 2)

@@ -54,8 +54,8 @@ struct Conv {
         while (tiles_per_task > 1 && args.B * ceil_div(tiles, tiles_per_task) < 4 * args.threads)
             --tiles_per_task;
         tasks_per_batch = ceil_div(tiles, tiles_per_task);
-        const int64_t floats = tiles_per_task * (acc_floats() + target_floats()) + 2 * channel_floats() + fold() +
-                               h_floats();
+        const int64_t floats = tiles_per_task * (acc_floats() + target_floats()) +
+                               2 * channel_floats() + fold() + h_floats();
         worker_bytes = round_up(tiles_per_task * panel_bytes + 4 * floats, 4096) + 64;
         const int64_t term_bytes =
             round_up(int64_t{sizeof(Term)} * mixing.max_terms() * (1 + 3), 64);
@@ -161,7 +161,9 @@ struct Conv {
         }
     }
 
-    static int vectors(const PixelTile& where) { return static_cast<int>(ceil_div(where.count, kLanes)); }
+    static int vectors(const PixelTile& where) {
+        return static_cast<int>(ceil_div(where.count, kLanes));
+    }
 
     void fill_panel(const PixelTile& where, int64_t begin, int64_t end, char* panel, float* buffer,
                     float* fold_buffer, float* target) {
@@ -176,14 +178,17 @@ struct Conv {
     }
 
     // One block of weights serves all tiles before the next is loaded.
-    void multiply(int64_t b, int64_t first, int64_t last, int64_t ob, int rows, const char* panels, float* acc) {
+    void multiply(int64_t b, int64_t first, int64_t last, int64_t ob, int rows, const char* panels,
+                  float* acc) {
         for (int begin = 0; begin < term_count;) {
             int end = begin;
             while (end < term_count && terms[end].acc == terms[begin].acc) ++end;
             for (int64_t j = first; j < last; ++j) {
-                Engine::multiply(terms + begin, end - begin, block(begin, ob), block_bytes,
-                                 panels + (j - first) * panel_bytes, mixing.planes(), args.I, step, rows, vectors(tile(b, j)),
-                                 acc + (j - first) * acc_floats() + terms[begin].acc * acc_stride());
+                Engine::multiply(
+                    terms + begin, end - begin, block(begin, ob), block_bytes,
+                    panels + (j - first) * panel_bytes, mixing.planes(), args.I, step, rows,
+                    vectors(tile(b, j)),
+                    acc + (j - first) * acc_floats() + terms[begin].acc * acc_stride());
             }
             begin = end;
         }

@@ -83,6 +83,10 @@ def unsupported(name: str, request: Request) -> str | None:
     """Why a backend cannot serve a request; None where it can."""
     try:
         module = _module(name)
+    except ModuleNotFoundError as error:
+        if error.name == f"{__name__}.{name}":
+            return "it is not part of this version"
+        return f"it cannot be imported ({error})"
     except ImportError as error:
         return f"it cannot be imported ({error})"
     return module.unsupported(request)

@@ -31,7 +31,7 @@ def _run_rfft(x: Tensor, modes: int, dim: int, backend: str) -> Tensor:
 
 def _fake_rfft(x: Tensor, modes: int, dim: int, backend: str) -> Tensor:
     shape = [*x.shape, 2]
-    shape[dim] = modes
+    shape[dim % x.ndim] = modes
     return x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Fused kernels for the Fourier temporal convolution of DSNO, behind ordinary PyTorch functions and modules."""
+"""Fused kernels for the Fourier temporal convolution of DSNO, as PyTorch functions and modules."""
 
 from dsno_kernels import models, nn
 from dsno_kernels.backends import use_backend

@@ -15,5 +15,8 @@ bool rows_path_serves(const ConvArgs& args);
 bool spectral_conv_rows(const ConvArgs& args);
 bool rows_path_serves(const WeightGradArgs& args);
 bool spectral_conv_weight_grad_rows(const WeightGradArgs& args);
+bool rows_path_serves(const TransformArgs& args);
+bool truncated_rfft_rows(const TransformArgs& args);
+bool truncated_irfft_rows(const TransformArgs& args);
 
 }  // namespace DSNO_ISA

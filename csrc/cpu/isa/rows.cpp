@@ -42,6 +42,7 @@ struct AnalysisPass {
     Signals signals;
     int64_t count;
     bool interleaved;
+    int64_t row_floats;  // from one spectrum to the next
     float* out;
     float* workers;
 
@@ -75,11 +76,9 @@ struct AnalysisPass {
         for (int r = 0; r < rows; ++r) {
             const float* from = lanes + r * lanes_floats(quarter);
             if (self.interleaved) {
-                float* out = self.out + (first + r) * pairs;
-                interleave(from, part, self.tables.K, out);
-                for (int64_t j = 2 * int64_t{self.tables.K}; j < pairs; ++j) out[j] = 0.0f;
+                interleave(from, part, self.tables.K, self.out + (first + r) * self.row_floats);
             } else {
-                float* out = self.out + (first + r) * 2 * pairs;
+                float* out = self.out + (first + r) * self.row_floats;
                 duplicate(from, part, pairs, out, out + pairs);
             }
         }
@@ -367,7 +366,8 @@ bool rows_path_serves(const WeightGradArgs& a) {
 bool spectral_conv_rows(const ConvArgs& a) {
     const int64_t Q = a.B * a.P, pairs = pair_floats(a.K);
     const bool padded = 2 * a.K != pairs || a.stride_part != 1 || (a.stride_k != 2 && a.K > 1);
-    AnalysisPass analysis{*a.analysis, {a.x, a.P, a.I, a.T}, Q * a.I, false, nullptr, nullptr};
+    AnalysisPass analysis{*a.analysis, {a.x, a.P, a.I, a.T}, Q * a.I, false, 2 * pairs, nullptr,
+                          nullptr};
     SynthesisPass synthesis{*a.synthesis,
                             {a.y, a.P, a.O, a.n},
                             {a.residual, a.P, a.O, a.n},
@@ -404,8 +404,9 @@ bool spectral_conv_rows(const ConvArgs& a) {
 
 bool spectral_conv_weight_grad_rows(const WeightGradArgs& a) {
     const int64_t Q = a.B * a.P, pairs = pair_floats(a.K);
-    AnalysisPass of_x{*a.x_analysis, {a.x, a.P, a.I, a.T}, Q * a.I, false, nullptr, nullptr};
-    AnalysisPass of_grad{*a.grad_analysis, {a.grad, a.P, a.O, a.n}, Q * a.O, true, nullptr,
+    AnalysisPass of_x{*a.x_analysis, {a.x, a.P, a.I, a.T}, Q * a.I, false, 2 * pairs, nullptr,
+                      nullptr};
+    AnalysisPass of_grad{*a.grad_analysis, {a.grad, a.P, a.O, a.n}, Q * a.O, true, pairs, nullptr,
                          nullptr};
     const int64_t worker = round_up(max64(of_x.worker_floats(), of_grad.worker_floats()), 16) + 16;
     const int64_t x_floats = Q * a.I * 2 * pairs, grad_floats = Q * a.O * pairs;
@@ -422,10 +423,36 @@ bool spectral_conv_weight_grad_rows(const WeightGradArgs& a) {
         const bool exists = k < a.K && (j % 2 == 0 || (k >= 1 && k <= imaginary));
         scale[j] = exists ? a.scale[k] : 0.0f;
     }
+    // Lanes behind the last mode are multiplied too.
+    if (pairs > 2 * a.K) std::memset(of_grad.out, 0, static_cast<size_t>(4 * grad_floats));
     of_x.run(a.threads);
     of_grad.run(a.threads);
     GradProduct product{of_x.out, of_grad.out, scale, Q, a.I, a.O, pairs, a.K, a.out};
     product.run(a.threads);
+    return true;
+}
+
+bool rows_path_serves(const TransformArgs& a) {
+    return a.B == 1 && a.x.stride_t == 1 && a.stride_k == 2 &&
+           (a.analysis ? has_rows_tables(*a.analysis) : has_rows_tables(*a.synthesis));
+}
+
+bool truncated_rfft_rows(const TransformArgs& a) {
+    AnalysisPass analysis{*a.analysis, {a.x, a.P, 1, a.T}, a.P,    true,
+                          a.stride_p,  a.spectrum,         nullptr};
+    analysis.workers = scratch_floats(analysis.worker_floats() * a.threads);
+    if (!analysis.workers) return false;
+    analysis.run(a.threads);
+    return true;
+}
+
+bool truncated_irfft_rows(const TransformArgs& a) {
+    const Signals none{{nullptr, kFloat32, 0, 0, 0, 0}, 1, 1, a.T};
+    SynthesisPass synthesis{*a.synthesis, {a.x, a.P, 1, a.T}, none,       nullptr, false, 1.0f,
+                            a.P,          a.spectrum,         a.stride_p, nullptr};
+    synthesis.workers = scratch_floats(synthesis.worker_floats() * a.threads);
+    if (!synthesis.workers) return false;
+    synthesis.run(a.threads);
     return true;
 }
 

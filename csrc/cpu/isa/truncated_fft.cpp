@@ -86,6 +86,7 @@ struct Transform {
 }  // namespace
 
 bool truncated_rfft(const TransformArgs& args) {
+    if (rows_path_serves(args)) return truncated_rfft_rows(args);
     Transform transform{args, 0, 0, nullptr};
     if (!transform.prepare()) return false;
     parallel_for(args.threads, args.B * transform.tiles, Transform::forward_task, &transform);
@@ -93,6 +94,7 @@ bool truncated_rfft(const TransformArgs& args) {
 }
 
 bool truncated_irfft(const TransformArgs& args) {
+    if (rows_path_serves(args)) return truncated_irfft_rows(args);
     Transform transform{args, 0, 0, nullptr};
     if (!transform.prepare()) return false;
     parallel_for(args.threads, args.B * transform.tiles, Transform::inverse_task, &transform);

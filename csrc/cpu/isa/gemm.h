@@ -39,7 +39,7 @@ static void gemm_tile(const Tile& tile) {
     for (int m = 0; m < kM; ++m) {
 #pragma GCC unroll 4
         for (int v = 0; v < kN; ++v) {
-            acc[m][v] = kAccumulate ? load(tile.c + m * tile.c_row + v * kLanes) : zero();
+            acc[m][v] = zero();
         }
     }
     // One pointer for three rows: the third lies within the reach of an address mode.
@@ -66,7 +66,12 @@ static void gemm_tile(const Tile& tile) {
 #pragma GCC unroll 16
     for (int m = 0; m < kM; ++m) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kN; ++v) store(tile.c + m * tile.c_row + v * kLanes, acc[m][v]);
+        for (int v = 0; v < kN; ++v) {
+            // What C holds is added last: a chain of `depth` roundings grows no longer from call
+            // to call.
+            float* c = tile.c + m * tile.c_row + v * kLanes;
+            store(c, kAccumulate ? load(c) + acc[m][v] : acc[m][v]);
+        }
     }
 }
 

@@ -42,6 +42,8 @@ constexpr int kRows = 12;   // rows of a register tile of the channel product
 using Vec = __m512;
 DSNO_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 DSNO_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+DSNO_INLINE void stream(float* p, Vec x) { _mm512_stream_ps(p, x); }
+DSNO_INLINE void fence_streams() { _mm_sfence(); }
 DSNO_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
 DSNO_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 DSNO_INLINE unsigned positive_bits(Vec x) {
@@ -114,6 +116,8 @@ constexpr int kRows = 6;
 using Vec = __m256;
 DSNO_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
 DSNO_INLINE void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+DSNO_INLINE void stream(float* p, Vec x) { _mm256_stream_ps(p, x); }
+DSNO_INLINE void fence_streams() { _mm_sfence(); }
 DSNO_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }
 DSNO_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 DSNO_INLINE unsigned positive_bits(Vec x) {
@@ -183,6 +187,8 @@ typedef float Vec __attribute__((vector_size(16)));
 typedef float UnalignedVec __attribute__((vector_size(16), aligned(4), may_alias));
 DSNO_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 DSNO_INLINE void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
+DSNO_INLINE void stream(float* p, Vec x) { store(p, x); }
+DSNO_INLINE void fence_streams() {}
 DSNO_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }
 DSNO_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 DSNO_INLINE unsigned positive_bits(Vec x) {

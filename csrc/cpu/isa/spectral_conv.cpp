@@ -159,6 +159,7 @@ struct Conv {
                 writer.write(where, ob * step, rows, vectors(where), h, buffer);
             }
         }
+        writer.finish_task();
     }
 
     static int vectors(const PixelTile& where) {

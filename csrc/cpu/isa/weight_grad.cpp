@@ -13,7 +13,7 @@
 namespace DSNO_ISA {
 namespace {
 
-constexpr int64_t kPanelBytes = 512 << 10;
+constexpr int64_t kPanelBytes = 1024 << 10;
 
 struct Product {
     int acc, x, grad;

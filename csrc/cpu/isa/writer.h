@@ -5,13 +5,16 @@
 
 namespace DSNO_ISA {
 
+// Outputs from this size on outlive no cache, so they are written past it: without reading first.
+constexpr int64_t kStreamBytes = 8 << 20;
+
 struct Writer {
     View y;
     Reader residual;
     uint8_t* positive;
     const float* bias;
     float negative_slope;
-    bool activation;
+    bool activation, streams;
     int n;
     int64_t O, bytes;
 
@@ -22,13 +25,15 @@ struct Writer {
           bias(a.bias),
           negative_slope(a.negative_slope),
           activation(a.activation),
+          streams(a.y.dtype == kFloat32 && a.y.stride_p == 1 && is_aligned(a.y) &&
+                  4 * a.B * a.n * a.O * a.P >= kStreamBytes),
           n(a.n),
           O(a.O),
           bytes(ceil_div(a.P, 8)) {}
 
     // Asks for the memory of a block, to be written after the products that come first.
     void prefetch(const PixelTile& tile, int64_t o, int rows) const {
-        if (y.stride_p != 1) return;
+        if (y.stride_p != 1 || streams) return;
         for (int m = 0; m < rows; ++m) {
             for (int t = 0; t < n; ++t) {
                 const char* row = element(y, tile.b, t, o + m, tile.p);
@@ -73,7 +78,18 @@ struct Writer {
         }
     }
 
+    // Streamed writes have a queue of their own, which other threads do not see in order.
+    void finish_task() const {
+        if (streams) fence_streams();
+    }
+
   private:
+    // Whether every full vector of y starts where vectors may be streamed to.
+    static bool is_aligned(const View& y) {
+        const int64_t strides = y.stride_b | y.stride_t | y.stride_c;
+        return reinterpret_cast<uintptr_t>(y.data) % (4 * kLanes) == 0 && strides % kLanes == 0;
+    }
+
     // One row of kWidth lanes: to memory, or back to h.
     void finish(const PixelTile& tile, int64_t o, int t, int vecs, float* h, const char* add,
                 bool direct) const {
@@ -91,7 +107,9 @@ struct Writer {
             if (add)
                 x = x + load_some(add + v * kLanes * element_size(residual.view.dtype),
                                   residual.view.dtype, count);
-            if (direct) {
+            if (direct && streams && count >= kLanes) {
+                stream(reinterpret_cast<float*>(out) + v * kLanes, x);
+            } else if (direct) {
                 store_some(out + v * kLanes * element_size(y.dtype), y.dtype, x, count);
             } else {
                 store(h + v * kLanes, x);

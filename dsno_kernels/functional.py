@@ -88,6 +88,8 @@ def spectral_conv(
     _check_weight(weight, x.shape[channel_dim], T, n)
     if activation not in (None, "leaky_relu"):
         raise ValueError(f"unknown activation {activation!r}; accepted: None, 'leaky_relu'")
+    if isinstance(negative_slope, bool) or not isinstance(negative_slope, (int, float)):
+        raise TypeError(f"negative_slope must be a number, got {negative_slope!r}")
     tensors = {"x": x, "weight": weight}
     if bias is not None:
         _check_real("bias", bias)
@@ -121,8 +123,6 @@ def spectral_conv(
         "precision": precisions.choose(precision, out_dtype or y_dtype),
     }
     name = _backend(backend)
-    if _under_transform(*tensors.values()):
-        return _reference_under_transform(reference.spectral_conv, name, x, weight, **options)[0]
     if weight.dtype != compute:
         weight = weight.to(compute)
     return _conv.differentiable_spectral_conv(x, weight, backend=name, **options)
@@ -186,10 +186,6 @@ def spectral_conv_weight_grad(
         "precision": precisions.choose(precision, dtype),
     }
     name = _backend(backend)
-    if _under_transform(x, grad_output):
-        return _reference_under_transform(
-            reference.spectral_conv_weight_grad, name, x, grad_output, modes, **options
-        )
     return _weight_grad.differentiable_weight_grad(x, grad_output, modes, backend=name, **options)
 
 
@@ -220,11 +216,7 @@ def truncated_rfft(x: Tensor, modes: int, dim: int = -1, *, backend: str | None 
     _check_length(x.shape[dim], "the axis to transform")
     _check_modes(modes, x.shape[dim], x.shape[dim])
     name = _backend(backend)
-    if _under_transform(x):
-        spectrum = _reference_under_transform(reference.truncated_rfft, name, x, modes, dim=dim)
-    else:
-        spectrum = _fft.differentiable_rfft(x, modes, dim, name)
-    return torch.view_as_complex(spectrum)
+    return torch.view_as_complex(_fft.differentiable_rfft(x, modes, dim, name))
 
 
 def truncated_irfft(
@@ -263,8 +255,6 @@ def truncated_irfft(
     _check_modes(spectrum.shape[dim], n, n)
     name = _backend(backend)
     pairs = torch.view_as_real(spectrum.resolve_conj())
-    if _under_transform(spectrum):
-        return _reference_under_transform(reference.truncated_irfft, name, pairs, n, dim=dim)
     return _fft.differentiable_irfft(pairs, n, dim, name)
 
 
@@ -278,55 +268,33 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
             machine.
 
     Raises:
-        ValueError: an unknown op.
+        ValueError: an unknown op. Whatever the call itself raises for its arguments.
 
     Example:
         >>> print(dk.explain("spectral_conv", x, weight))
     """
-    if op_name not in backends.OPS:
-        raise ValueError(f"unknown op {op_name!r}; accepted: {', '.join(map(repr, backends.OPS))}")
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if tensors:
-        dtype = tensors[0].real.dtype if tensors[0].is_complex() else tensors[0].dtype
-        places = [(tensors[0].device, dtype)]
-    else:
-        kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        places = [(torch.device(kind), torch.float32) for kind in kinds]
-    name = kwargs.get("backend")
-    lines = []
-    for device, dtype in places:
-        precision = precisions.choose(kwargs.get("precision"), kwargs.get("out_dtype") or dtype)
-        precision = precisions.resolve(precision, device.type)
-        request = backends.Request(op_name, device, dtype, precision)
-        lines.append(backends.explain_request(request, _backend(name)))
-    return "\n".join(lines)
+    if op_name not in _PUBLIC:
+        raise ValueError(f"unknown op {op_name!r}; accepted: {', '.join(map(repr, _PUBLIC))}")
+    if args or kwargs:
+        return backends.explain_call(lambda: _PUBLIC[op_name](*args, **kwargs))
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    requests = [
+        backends.Request(op_name, torch.device(kind), torch.float32, precisions.resolve("", kind))
+        for kind in kinds
+    ]
+    return "\n".join(backends.explain_request(r, backends.forced()) for r in requests)
+
+
+_PUBLIC: dict[str, Callable[..., Tensor]] = {
+    "spectral_conv": spectral_conv,
+    "spectral_conv_weight_grad": spectral_conv_weight_grad,
+    "truncated_rfft": truncated_rfft,
+    "truncated_irfft": truncated_irfft,
+}
 
 
 def _backend(name: str | None) -> str:
     return backends.forced() if name is None else backends.check_name(name)
-
-
-def _under_transform(*tensors: Tensor) -> bool:
-    """Whether torch.func or forward-mode AD is at work; `autograd.Function` serves neither."""
-    return torch._C._functorch.maybe_current_level() is not None or _dual_level() >= 0
-
-
-def _dual_level() -> int:
-    return torch.autograd.forward_ad._current_level
-
-
-def _reference_under_transform(
-    function: Callable[..., Any], backend: str, *args: Any, **options: Any
-) -> Any:
-    """Under torch.func and forward-mode AD the reference runs: plain differentiable PyTorch, right
-    to any order.
-    """
-    if backend not in ("", "reference"):
-        raise NotImplementedError(
-            f"backend {backend!r} does not run under torch.func transforms or forward-mode AD;"
-            " only 'reference' does: leave the backend open or ask for that one"
-        )
-    return function(*args, **options)
 
 
 def _names(values: tuple[object, ...]) -> str:
@@ -336,6 +304,9 @@ def _names(values: tuple[object, ...]) -> str:
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense (torch.strided) tensor, got {kind}")
 
 
 def _check_real(name: str, x: Tensor) -> None:
@@ -346,7 +317,13 @@ def _check_real(name: str, x: Tensor) -> None:
         )
 
 
+def _check_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
 def _check_dim(name: str, dim: int, x: Tensor) -> int:
+    _check_int(name, dim)
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"{name}={dim} is out of range for shape {tuple(x.shape)}")
     return dim % x.ndim
@@ -365,17 +342,19 @@ def _check_input(name: str, x: Tensor, time_dim: int, channel_dim: int) -> tuple
 
 
 def _check_length(n: int, name: str = "n") -> int:
+    _check_int(name, n)
     if n < 1:
         raise ValueError(f"{name} must have a length of at least 1, got {n}")
     return n
 
 
 def _check_modes(modes: int, T: int, n: int) -> None:
+    _check_int("modes", modes)
     limit = max_modes(min(T, n))
     if not 1 <= modes <= limit:
         raise ValueError(
-            f"modes must be in 1..{limit} for {min(T, n)} time points (at most T//2 + 1),"
-            f" got {modes}"
+            f"modes (K, axis 2 of a weight) must be in 1..{limit} for {min(T, n)} time points"
+            f" (at most T//2 + 1), got {modes}"
         )
 
 
@@ -387,7 +366,10 @@ def _check_weight(weight: Tensor, channels: int, T: int, n: int) -> None:
             f" got {tuple(weight.shape)}"
         )
     if weight.shape[0] != channels:
-        raise ValueError(f"x has {channels} channels but weight expects {weight.shape[0]}")
+        raise ValueError(
+            f"x has {channels} channels (axis channel_dim) but weight {tuple(weight.shape)} expects"
+            f" {weight.shape[0]}: the axis or the weight is the wrong one"
+        )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         raise ValueError(
             f"weight must have at least one input and output channel, got {tuple(weight.shape)}"

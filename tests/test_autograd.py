@@ -187,3 +187,21 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
         x.grad = weight.grad = None
         y.square().sum().backward()
         assert torch.equal(x.grad, plain[0]) and torch.equal(weight.grad, plain[1])
+
+
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+def test_forward_mode_over_a_graph_that_was_built_outside_it(activation: str | None) -> None:
+    """A backward that runs ops without a forward-mode rule gives tangents of zero in silence."""
+    x, weight = double(2, 4, 3, 5), double(3, 3, 2, 2)
+    v = torch.randn_like(x)
+    outs = dk.spectral_conv(x, weight, activation=activation), oracle.spectral_conv(x, weight)
+    if activation:
+        outs = outs[0], torch.nn.functional.leaky_relu(outs[1], 0.01)
+
+    def gradient(y: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(y, (x, weight), g, retain_graph=True)
+
+    g = torch.ones_like(x)
+    tangents = [torch.func.jvp(lambda g, y=y: gradient(y, g), (g,), (v,))[1] for y in outs]
+    for tangent, expected in zip(*tangents, strict=True):
+        assert_close(tangent, expected, FLOAT64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ X, W = torch.randn(2, 4, 3, 5, 7), torch.randn(3, 6, 2, 2)
 
 BAD_CALLS = {
     "no time": (lambda: dk.spectral_conv(X[:, :0], W), ValueError, "at least 1, got 0"),
-    "K = 0": (lambda: dk.spectral_conv(X, W[:, :, :0]), ValueError, "modes must be in 1..3"),
+    "K = 0": (lambda: dk.spectral_conv(X, W[:, :, :0]), ValueError, "must be in 1..3"),
     "K > T//2+1": (
         lambda: dk.spectral_conv(X, torch.randn(3, 6, 4, 2)),
         ValueError,
@@ -29,7 +30,7 @@ BAD_CALLS = {
     "channels": (
         lambda: dk.spectral_conv(X, torch.randn(4, 6, 2, 2)),
         ValueError,
-        "x has 3 channels but weight expects 4",
+        "x has 3 channels (axis channel_dim) but weight (4, 6, 2, 2) expects 4",
     ),
     "no output channels": (
         lambda: dk.spectral_conv(X, W[:, :0]),
@@ -128,9 +129,9 @@ BAD_CALLS = {
     "grad modes": (
         lambda: dk.spectral_conv_weight_grad(X, X, 4),
         ValueError,
-        "modes must be in 1..3",
+        "must be in 1..3",
     ),
-    "rfft modes": (lambda: dk.truncated_rfft(X, 9), ValueError, "modes must be in 1..4"),
+    "rfft modes": (lambda: dk.truncated_rfft(X, 9), ValueError, "must be in 1..4"),
     "rfft complex": (
         lambda: dk.truncated_rfft(X.cfloat(), 2),
         TypeError,
@@ -141,7 +142,30 @@ BAD_CALLS = {
     "irfft too many": (
         lambda: dk.truncated_irfft(X.cfloat(), 4),
         ValueError,
-        "modes must be in 1..3",
+        "must be in 1..3",
+    ),
+    "n is a float": (lambda: dk.spectral_conv(X, W, n=4.0), TypeError, "n must be an integer"),
+    "n is a bool": (lambda: dk.spectral_conv(X, W, n=True), TypeError, "n must be an integer"),
+    "time_dim is a string": (
+        lambda: dk.spectral_conv(X, W, time_dim="a"),
+        TypeError,
+        "time_dim must be an integer, got 'a'",
+    ),
+    "modes is a float": (
+        lambda: dk.truncated_rfft(X, 2.0),
+        TypeError,
+        "modes must be an integer, got 2.0",
+    ),
+    "slope": (
+        lambda: dk.spectral_conv(X, W, activation="leaky_relu", negative_slope=None),
+        TypeError,
+        "negative_slope must be a number, got None",
+    ),
+    "sparse": (lambda: dk.spectral_conv(X.to_sparse(), W), TypeError, "x must be a dense"),
+    "explain a bad call": (
+        lambda: dk.explain("spectral_conv", X.long(), W),
+        TypeError,
+        "x must be real floating point",
     ),
     "explain": (lambda: dk.explain("fft"), ValueError, "unknown op 'fft'; accepted"),
 }
@@ -228,3 +252,27 @@ def test_explain_names_every_backend_with_its_reason() -> None:
         "cupy",
     ]
     assert all(len(line.split()) > 1 for line in lines[1:])
+
+
+def test_explain_tells_of_a_forced_backend_that_cannot_run() -> None:
+    lines = dk.explain("spectral_conv", X, W, backend="cuda").splitlines()
+    assert lines[0].endswith("cuda is asked for and cannot")
+    assert dk.explain("spectral_conv", X[:0], W) == "no backend runs: the result is empty"
+
+
+def test_use_backend_holds_for_its_own_thread_only() -> None:
+    names = []
+    with dk.use_backend("reference"):
+        thread = threading.Thread(
+            target=lambda: names.append(dk.explain("spectral_conv", X, W, backend=None))
+        )
+        thread.start()
+        thread.join()
+        first, second = dk.use_backend("cpu"), dk.use_backend("cpu")
+        first.__enter__()
+        second.__enter__()
+        second.__exit__()
+        first.__exit__()
+        assert dk.explain("spectral_conv", X, W).splitlines()[0].endswith(": reference")
+    expected = "cpu" if "cpu" in BACKENDS else "reference"
+    assert names[0].splitlines()[0].endswith(f": {expected}")

@@ -152,6 +152,18 @@ def test_compile_has_no_graph_break_and_the_same_numbers(fresh_dynamo: None, dyn
             assert_close(grad, exact, BUDGETS["fp32"])
 
 
+def test_compile_takes_one_tensor_in_two_places(fresh_dynamo: None) -> None:
+    x = torch.randn(2, 4, 3, 5, requires_grad=True)
+    for run in (
+        lambda x: dk.spectral_conv_weight_grad(x, x, 2),
+        lambda x: dk.spectral_conv(x, torch.ones(3, 3, 2, 2), residual=x),
+    ):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(x), run(x), BUDGETS["fp32"])
+        (grad,), (expected,) = (torch.autograd.grad(f(x).sum(), x) for f in (compiled, run))
+        assert_close(grad, expected, BUDGETS["fp32"])
+
+
 def test_compile_with_inductor(fresh_dynamo: None) -> None:
     weight = torch.randn(6, 6, 2, 2)
     compiled = torch.compile(lambda x: dk.spectral_conv(x.sin(), weight).cos(), fullgraph=True)
@@ -211,7 +223,7 @@ def test_precision_can_be_read_after_pytorchs_newer_setting_was_written() -> Non
         "import torch, dsno_kernels as dk\n"
         "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'\n"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
-        "print(dk.explain('spectral_conv', torch.randn(2, 4, 6)))"
+        "print(dk.explain('spectral_conv', torch.randn(2, 4, 6), torch.randn(6, 6, 2, 2)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "precision bf16:" in run.stdout

@@ -7,11 +7,11 @@ reason in a few words.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -33,6 +33,8 @@ class Request(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     precision: str = "fp32"
+    length: int = 0  # of the longest transform; 0 where it is not known
+    modes: int = 0
 
 
 def check_name(name: str) -> str:
@@ -41,24 +43,30 @@ def check_name(name: str) -> str:
     return name
 
 
-_forced = os.environ.get("DSNO_KERNELS_BACKEND", "")
+class _State(threading.local):
+    """What one thread has asked for."""
+
+    forced = os.environ.get("DSNO_KERNELS_BACKEND", "")
+    explaining = False
+
+
+_state = _State()
 
 
 def forced() -> str:
-    """The backend asked for by `use_backend` or `DSNO_KERNELS_BACKEND`; "" leaves the choice to
-    `select`.
-    """
-    return check_name(_forced) if _forced else ""
+    """The backend that `use_backend` or `DSNO_KERNELS_BACKEND` asks for; "" leaves the choice."""
+    return check_name(_state.forced) if _state.forced else ""
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the `with` block, and the backward of those ops, on one backend. Holds
-    for the process.
+class use_backend:
+    """Run every op inside a `with` block, and the backward of those ops, on one backend.
+
+    It holds for the thread that enters the block.
 
     Args:
-        name: "reference", "cpu", "cuda", "triton" or "cupy". An op that this backend cannot run
-            raises with the reason.
+        name: "reference", "cpu", "cuda" or "triton". An op that this backend cannot run raises
+            `NotImplementedError` with the reason.
+
     Raises:
         ValueError: an unknown name.
 
@@ -66,12 +74,17 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with dk.use_backend("reference"):
         ...     y = dk.spectral_conv(x, weight)
     """
-    global _forced
-    before, _forced = _forced, check_name(name)
-    try:
-        yield
-    finally:
-        _forced = before
+
+    def __init__(self, name: str) -> None:
+        self.name = check_name(name)
+        self.before: list[str] = []
+
+    def __enter__(self) -> None:
+        self.before.append(_state.forced)
+        _state.forced = self.name
+
+    def __exit__(self, *_: object) -> None:
+        _state.forced = self.before.pop()
 
 
 def _module(name: str) -> ModuleType:
@@ -106,22 +119,48 @@ def _select(name: str, request: Request) -> ModuleType:
     return next(_module(n) for n in order if unsupported(n, request) is None)
 
 
+class Explained(Exception):
+    """Carries the request of a call that is explained instead of run."""
+
+    def __init__(self, request: Request, forced_name: str) -> None:
+        super().__init__(request, forced_name)
+        self.request, self.forced_name = request, forced_name
+
+
 def select(name: str, request: Request) -> ModuleType:
     """The backend that serves a request: the named one or, for "", the first in order that can.
 
     Raises:
         NotImplementedError: the named backend cannot, with its reason.
     """
+    if _state.explaining:
+        raise Explained(request, name)
     return _select(name, request)
+
+
+def explain_call(run: Callable[[], object]) -> str:
+    """What `explain_request` says of the first op that `run` would call; the op does not run."""
+    _state.explaining = True
+    try:
+        with torch.no_grad():
+            run()
+    except Explained as call:
+        return explain_request(call.request, call.forced_name)
+    finally:
+        _state.explaining = False
+    return "no backend runs: the result is empty"
 
 
 def explain_request(request: Request, forced_name: str = "") -> str:
     """One line a backend: which one `select` takes for a request, and why not the others."""
     order = _ORDER.get(request.device.type, ("reference",))
     chosen = forced_name or next(n for n in order if unsupported(n, request) is None)
+    verdict = (
+        chosen if unsupported(chosen, request) is None else f"{chosen} is asked for and cannot"
+    )
     lines = [
         f"{request.op} on {request.device.type}, {request.dtype},"
-        f" precision {request.precision}: {chosen}"
+        f" precision {request.precision}: {verdict}"
     ]
     for name in (*order, *(n for n in NAMES if n not in order)):
         reason = unsupported(name, request)

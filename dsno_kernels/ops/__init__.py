@@ -8,6 +8,9 @@ same differentiable functions, so gradients of every order run on the same kerne
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 library = torch.library.Library("dsno_kernels", "DEF")
@@ -20,3 +23,32 @@ def define(schema: str, implementation: object, fake: object) -> torch._ops.OpOv
     library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dsno_kernels::{name}", fake, lib=library)  # type: ignore[arg-type]
     return getattr(torch.ops.dsno_kernels, name).default
+
+
+def under_transform() -> bool:
+    """Whether torch.func or forward-mode AD is at work; `autograd.Function` serves neither."""
+    return (
+        torch._C._functorch.maybe_current_level() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def on_reference(function: Callable[..., Any], backend: str, *args: Any, **options: Any) -> Any:
+    """What runs under a transform: the reference, plain PyTorch that is right to any order.
+
+    Raises:
+        NotImplementedError: another backend was asked for.
+    """
+    if backend not in ("", "reference"):
+        raise NotImplementedError(
+            f"backend {backend!r} does not run under torch.func transforms or forward-mode AD;"
+            " only 'reference' does: leave the backend open or ask for that one"
+        )
+    return function(*args, **options)
+
+
+def distinct(x: torch.Tensor, other: Any) -> Any:
+    """`other`, as a view where it is `x`: Dynamo refuses a Function that gets one tensor twice."""
+    if other is x and torch.compiler.is_compiling():
+        return x.view_as(x)
+    return other

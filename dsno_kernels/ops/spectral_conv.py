@@ -22,7 +22,7 @@ import dsno_kernels.ops.spectral_conv_weight_grad as weight_grad
 from dsno_kernels import _layout
 from dsno_kernels import precision as precisions
 from dsno_kernels.backends import Request, reference, select
-from dsno_kernels.ops import define
+from dsno_kernels.ops import define, distinct, on_reference, under_transform
 
 
 def _run(
@@ -48,7 +48,9 @@ def _run(
         return y, _empty_positive(y, time_dim, channel_dim, save_positive)
     dtype = torch.promote_types(x.dtype, weight.dtype) if weight.dtype == torch.float64 else x.dtype
     precision = precisions.resolve(precision, x.device.type)
-    request = Request("spectral_conv", x.device, dtype, precision)
+    request = Request(
+        "spectral_conv", x.device, dtype, precision, max(x.shape[time_dim], n), weight.shape[2]
+    )
     y, positive = select(backend, request).spectral_conv(
         x,
         weight,
@@ -229,16 +231,28 @@ def differentiable_spectral_conv(
     """The op with autograd. `x_positive` (the backward of LeakyReLU, fused) is for calls that
     record no graph.
     """
+    if under_transform():
+        return on_reference(
+            reference.spectral_conv,
+            backend,
+            x,
+            weight,
+            time_dim=time_dim,
+            channel_dim=channel_dim,
+            n=n,
+            adjoint=adjoint,
+            bias=bias,
+            residual=residual,
+            negative_slope=negative_slope,
+            out_dtype=out_dtype,
+            x_positive=x_positive,
+        )[0]
     if torch.is_grad_enabled() and x_positive is None:
-        if residual is x and torch.compiler.is_compiling():
-            residual = x.view_as(
-                x
-            )  # Dynamo refuses an autograd.Function that gets one tensor twice
         return SpectralConvFunction.apply(
             x,
             weight,
             bias,
-            residual,
+            distinct(x, residual),
             time_dim,
             channel_dim,
             n,

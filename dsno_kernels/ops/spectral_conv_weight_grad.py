@@ -12,7 +12,7 @@ from torch import Tensor
 import dsno_kernels.ops.spectral_conv as conv
 from dsno_kernels import precision as precisions
 from dsno_kernels.backends import Request, reference, select
-from dsno_kernels.ops import define
+from dsno_kernels.ops import define, distinct, on_reference, under_transform
 
 
 def _run(
@@ -40,7 +40,8 @@ def _run(
             backend,
         ).zero_()
     precision = precisions.resolve(precision, x.device.type)
-    request = Request("spectral_conv_weight_grad", x.device, dtype, precision)
+    length = max(x.shape[time_dim], grad_output.shape[time_dim])
+    request = Request("spectral_conv_weight_grad", x.device, dtype, precision, length, modes)
     grad: Tensor = select(backend, request).spectral_conv_weight_grad(
         x,
         grad_output,
@@ -134,7 +135,20 @@ def differentiable_weight_grad(
     """The op with autograd. `grad_positive` (the backward of LeakyReLU, fused) is for calls that
     record no graph.
     """
+    if under_transform():
+        return on_reference(
+            reference.spectral_conv_weight_grad,
+            backend,
+            x,
+            grad_output,
+            modes,
+            time_dim=time_dim,
+            channel_dim=channel_dim,
+            grad_positive=grad_positive,
+            negative_slope=negative_slope,
+        )
     if torch.is_grad_enabled() and grad_positive is None:
+        grad_output = distinct(x, grad_output)
         return SpectralConvWeightGradFunction.apply(
             x, grad_output, modes, time_dim, channel_dim, precision, backend
         )

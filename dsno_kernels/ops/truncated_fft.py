@@ -17,15 +17,14 @@ from torch import Tensor
 
 from dsno_kernels._modes import alpha
 from dsno_kernels.backends import Request, reference, select
-from dsno_kernels.ops import define
+from dsno_kernels.ops import define, on_reference, under_transform
 
 
 def _run_rfft(x: Tensor, modes: int, dim: int, backend: str) -> Tensor:
     if x.numel() == 0:
         return _fake_rfft(x, modes, dim, backend)
-    spectrum: Tensor = select(backend, Request("truncated_rfft", x.device, x.dtype)).truncated_rfft(
-        x, modes, dim=dim
-    )
+    request = Request("truncated_rfft", x.device, x.dtype, length=x.shape[dim], modes=modes)
+    spectrum: Tensor = select(backend, request).truncated_rfft(x, modes, dim=dim)
     return spectrum.contiguous()
 
 
@@ -38,7 +37,8 @@ def _fake_rfft(x: Tensor, modes: int, dim: int, backend: str) -> Tensor:
 def _run_irfft(spectrum: Tensor, n: int, dim: int, backend: str) -> Tensor:
     if spectrum.numel() == 0:
         return _fake_irfft(spectrum, n, dim, backend)
-    request = Request("truncated_irfft", spectrum.device, spectrum.dtype)
+    modes = spectrum.shape[dim]
+    request = Request("truncated_irfft", spectrum.device, spectrum.dtype, length=n, modes=modes)
     x: Tensor = select(backend, request).truncated_irfft(spectrum, n, dim=dim)
     return x.contiguous()
 
@@ -114,8 +114,12 @@ class TruncatedIrfftFunction(torch.autograd.Function):
 
 
 def differentiable_rfft(x: Tensor, modes: int, dim: int, backend: str) -> Tensor:
+    if under_transform():
+        return on_reference(reference.truncated_rfft, backend, x, modes, dim=dim)
     return TruncatedRfftFunction.apply(x, modes, dim, backend)
 
 
 def differentiable_irfft(spectrum: Tensor, n: int, dim: int, backend: str) -> Tensor:
+    if under_transform():
+        return on_reference(reference.truncated_irfft, backend, spectrum, n, dim=dim)
     return TruncatedIrfftFunction.apply(spectrum, n, dim, backend)

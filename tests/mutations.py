@@ -68,6 +68,14 @@ def _gradient_mode_dropped(
     return grad
 
 
+def _spectrum_conjugated(run: Callable[..., Any], x: Tensor, modes: int, **options: Any) -> Any:
+    return run(x, modes, **options) * torch.tensor([1.0, -1.0])
+
+
+def _inverse_unscaled(run: Callable[..., Any], spectrum: Tensor, n: int, **options: Any) -> Any:
+    return run(spectrum, n, **options) * n
+
+
 MUTATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "zero_output": ("spectral_conv", _zero_output),
     "mode_dropped": ("spectral_conv", _mode_dropped),
@@ -79,6 +87,10 @@ MUTATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "gradient_conjugated": ("spectral_conv_weight_grad", _gradient_conjugated),
     "gradient_mode_dropped": ("spectral_conv_weight_grad", _gradient_mode_dropped),
     "gradient_length_factor_missing": ("spectral_conv_weight_grad", _length_factor_missing),
+    "zero_spectrum": ("truncated_rfft", _zero_output),
+    "spectrum_conjugated": ("truncated_rfft", _spectrum_conjugated),
+    "zero_inverse": ("truncated_irfft", _zero_output),
+    "inverse_unscaled": ("truncated_irfft", _inverse_unscaled),
 }
 
 

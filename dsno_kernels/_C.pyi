@@ -8,6 +8,7 @@ from collections.abc import Sequence
 build_info: str
 cuda_version: str
 cuda_archs: str
+cpu_api: int
 
 def cpu_spectral_conv(
     sizes: tuple[int, ...],

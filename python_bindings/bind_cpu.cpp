@@ -11,6 +11,9 @@ namespace py = pybind11;
 
 namespace {
 
+// Raised with every change of the signatures below; dsno_kernels/backends/cpu.py expects it.
+constexpr int kApi = 1;
+
 int64_t integer(const py::tuple& values, size_t i) { return py::cast<int64_t>(values[i]); }
 
 template <class T>
@@ -149,6 +152,7 @@ void set_isa(const std::string& name) {
 }  // namespace
 
 void bind_cpu(py::module_& m) {
+    m.attr("cpu_api") = kApi;
     m.def("cpu_spectral_conv", &spectral_conv);
     m.def("cpu_spectral_conv_weight_grad", &spectral_conv_weight_grad);
     m.def("cpu_truncated_rfft", &truncated_rfft);

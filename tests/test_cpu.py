@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsno_kernels.backends import cpu, reference
+import dsno_kernels as dk
+from dsno_kernels.backends import Request, cpu, reference
 from tests.helpers import BUDGETS, IO_BUDGET, assert_close
 
 _C = pytest.importorskip("dsno_kernels._C", reason="the extension is not built")
@@ -331,10 +333,125 @@ def test_unknown_instruction_set_is_refused() -> None:
         _C.cpu_set_isa("mmx")
 
 
-def test_many_modes_go_to_the_fast_fourier_transform() -> None:
+def test_many_modes_are_left_to_the_fast_fourier_transform() -> None:
     x, weight = torch.randn(1, 2, 1024), torch.randn(2, 3, 300, 2)
-    y, _ = cpu.spectral_conv(x, weight, time_dim=2, channel_dim=1, n=1024)
-    expected, _ = reference.spectral_conv(
-        x.double(), weight.double(), time_dim=2, channel_dim=1, n=1024
+    options = {"time_dim": 2, "channel_dim": 1}
+    expected, _ = reference.spectral_conv(x.double(), weight.double(), n=1024, **options)
+    assert_close(dk.spectral_conv(x, weight, **options), expected, BUDGETS["fp32"])
+    for call in (
+        lambda: dk.spectral_conv(x, weight, **options),
+        lambda: dk.spectral_conv_weight_grad(x, x, 300, **options),
+        lambda: dk.truncated_rfft(x, 300),
+        lambda: dk.truncated_irfft(torch.randn(2, 300, dtype=torch.complex64), 1024, dim=1),
+    ):
+        with dk.use_backend("cpu"), pytest.raises(NotImplementedError, match="300 modes of 1024"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_float64_outputs_and_residuals(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(2, 4, 6, 5).to(dtype), torch.randn(6, 7, 2, 2)
+    options = {"time_dim": 1, "channel_dim": 2, "n": 4}
+    residual = torch.randn(2, 4, 7, 5, dtype=torch.float64)
+    for out_dtype in (torch.float64, torch.float32):
+        y, _ = cpu.spectral_conv(x, weight, residual=residual, out_dtype=out_dtype, **options)
+        expected, _ = reference.spectral_conv(
+            x.double(), weight.double(), residual=residual, **options
+        )
+        assert y.dtype == out_dtype
+        assert_close(y, expected, BUDGETS["fp32"])
+
+
+@pytest.mark.parametrize("api", [None, 0, cpu._API + 1], ids=str)
+def test_an_extension_of_another_source_is_refused(
+    api: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = types.SimpleNamespace() if api is None else types.SimpleNamespace(cpu_api=api)
+    monkeypatch.setattr(cpu, "_C", other)
+    cpu._missing.cache_clear()
+    reason = cpu.unsupported(Request("spectral_conv", torch.device("cpu"), torch.float32))
+    monkeypatch.undo()
+    cpu._missing.cache_clear()
+    assert reason is not None and reason.endswith(
+        "rebuild it: pip install -e . --no-build-isolation"
     )
-    assert_close(y, expected, BUDGETS["fp32"])
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    return ((result.double() - exact).norm() / exact.norm()).item()
+
+
+def eager_layer(x: Tensor, weight: Tensor, time_dim: int, channel_dim: int) -> Tensor:
+    """The layer that the kernels replace: a full transform, einsum, and a full transform back."""
+    X = torch.fft.rfft(x, dim=time_dim).narrow(time_dim, 0, weight.shape[2])
+    Y = torch.einsum(
+        "...ki,iok->...ko",
+        X.movedim((time_dim, channel_dim), (-2, -1)),
+        torch.view_as_complex(weight),
+    )
+    Y = Y.movedim((-2, -1), (time_dim, channel_dim))
+    return torch.fft.irfft(Y, n=x.shape[time_dim], dim=time_dim)
+
+
+# Relative root mean square error of values that are rounded to float32 once, eps / sqrt(12) times
+# the mean of ulp(x) / (eps x), 0.7: what an error of twice that of eager is allowed on top.
+ONE_ROUNDING = 2.4e-8
+
+
+@pytest.mark.parametrize(
+    ("shape", "O", "K", "time_dim", "channel_dim"),
+    [
+        ((1, 4, 256, 32, 32), 256, 2, 1, 2),
+        ((1, 16, 64, 16, 16), 64, 8, 1, 2),
+        ((4, 64, 1024), 64, 32, 2, 1),
+        ((2, 4096, 8, 8), 8, 64, 1, 2),
+        ((2, 8, 4096), 8, 64, 2, 1),
+        ((1, 4, 2048, 8), 6, 3, 1, 2),
+        ((1, 4, 8192, 8), 64, 2, 1, 2),
+        ((2, 2048, 64), 8, 8, 2, 1),
+        ((128, 4, 8, 32, 32), 8, 2, 1, 2),
+    ],
+    ids=str,
+)
+def test_error_is_that_of_the_eager_layer(
+    shape: tuple[int, ...], O: int, K: int, time_dim: int, channel_dim: int
+) -> None:
+    torch.manual_seed(0)
+    axes = {"time_dim": time_dim, "channel_dim": channel_dim}
+    x, weight = torch.randn(shape), torch.randn(shape[channel_dim], O, K, 2)
+    n = shape[time_dim]
+
+    def eager(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        inputs = (x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_())
+        y = eager_layer(*inputs, time_dim, channel_dim)
+        return (y.detach(), *torch.autograd.grad(y, inputs, g.to(dtype)))
+
+    g = torch.randn(eager_layer(x, weight, time_dim, channel_dim).shape)
+    ours = (
+        cpu.spectral_conv(x, weight, n=n, **axes)[0],
+        cpu.spectral_conv(g, weight, n=n, adjoint=True, **axes)[0],
+        cpu.spectral_conv_weight_grad(x, g, K, **axes),
+    )
+    for result, of_eager, exact in zip(
+        ours, eager(torch.float32), eager(torch.float64), strict=True
+    ):
+        error = relative_error(result, exact)
+        assert error <= 1e-6
+        assert error <= 2 * relative_error(of_eager, exact) + ONE_ROUNDING
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((8, 4096), 1), ((4096, 8), 0)], ids=str)
+@pytest.mark.parametrize("K", [32, 200])
+def test_error_of_long_transforms_is_that_of_fft(shape: tuple[int, int], dim: int, K: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    pairs = torch.randn((*shape[:dim], K, *shape[dim + 1 :], 2))
+    pairs.select(dim, 0)[..., 1] = 0.0
+    forward, back = cpu.truncated_rfft(x, K, dim=dim), cpu.truncated_irfft(pairs, 4096, dim=dim)
+    for ours, function in (
+        (forward, lambda dtype: reference.truncated_rfft(x.to(dtype), K, dim=dim)),
+        (back, lambda dtype: reference.truncated_irfft(pairs.to(dtype), 4096, dim=dim)),
+    ):
+        exact = function(torch.float64)
+        limit = 2 * relative_error(function(torch.float32), exact) + ONE_ROUNDING
+        assert relative_error(ours, exact) <= limit

@@ -2,19 +2,20 @@
 
 They run on the OpenMP threads of PyTorch, `torch.get_num_threads()` of them. The truncated
 transforms are dense products with cosine and sine tables, folded by symmetry; where so many modes
-are kept that a fast Fourier transform does less work, the call goes to `reference`, whose
-transforms are those of `torch.fft`.
+are kept that a fast Fourier transform does less work, `unsupported` leaves the call to `reference`,
+whose transforms are those of `torch.fft`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 from dsno_kernels import _layout
-from dsno_kernels.backends import Request, reference
+from dsno_kernels.backends import Request
 
 try:
     from dsno_kernels import _C
@@ -22,6 +23,7 @@ except ImportError as error:  # a checkout that was never built
     _C = None  # type: ignore[assignment]
     _import_error = str(error)
 
+_API = 1  # cpu_api of the extension that this file calls
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PRECISIONS = {"fp32": 0, "bf16x3": 1, "tf32": 2, "bf16": 3}
 _NONE = (0, 0, 0, 0, 0, 0)
@@ -32,13 +34,32 @@ _MAX_MODES = 256
 _MAX_TABLE = 1 << 21
 
 
-def unsupported(request: Request) -> str | None:
+@functools.lru_cache(maxsize=1)
+def _missing() -> str | None:
+    """Why the extension cannot be called; None where it can."""
+    how = "pip install -e . --no-build-isolation"
     if _C is None:
-        return f"the extension dsno_kernels._C is not built ({_import_error})"
+        return f"the extension dsno_kernels._C is missing ({_import_error}); build it: {how}"
+    api = getattr(_C, "cpu_api", 0)
+    if api != _API:
+        age = "older" if api < _API else "newer"
+        return f"the extension is {age} than this source; rebuild it: {how}"
+    return None
+
+
+def unsupported(request: Request) -> str | None:
+    reason = _missing()
+    if reason:
+        return reason
     if request.device.type != "cpu":
         return "it serves tensors on the CPU"
     if request.dtype not in _DTYPES:
         return "it computes in float32 (accepted: float32, float16, bfloat16)"
+    if _prefers_fft(request.length, request.modes):
+        return (
+            f"a fast Fourier transform does less work for {request.modes} modes of"
+            f" {request.length} points; the reference runs that"
+        )
     return None
 
 
@@ -79,22 +100,17 @@ def spectral_conv(
 ) -> tuple[Tensor, Tensor | None]:
     modes = weight.shape[2]
     dtype = out_dtype or torch.float32
-    others_fit = dtype in _DTYPES and (residual is None or residual.dtype in _DTYPES)
-    if not others_fit or _prefers_fft(max(x.shape[time_dim], n), modes):
-        return reference.spectral_conv(
-            x, weight, time_dim=time_dim, channel_dim=channel_dim, n=n, adjoint=adjoint, bias=bias,
-            residual=residual, negative_slope=negative_slope, out_dtype=out_dtype,
-            save_positive=save_positive, x_positive=x_positive, precision=precision,
-        )  # fmt: skip
     x, axes = _layout.canonical(x, time_dim, channel_dim)
     stride_i, stride_o, stride_k, stride_part = weight.stride()
     outputs = weight.shape[1]
     if adjoint:
         stride_i, stride_o, outputs = stride_o, stride_i, weight.shape[0]
-    y = _layout.empty(x, time_dim, channel_dim, n, outputs, dtype)
+    kernel_dtype = dtype if dtype in _DTYPES else torch.float32  # float64 is converted at the end
+    y = _layout.empty(x, time_dim, channel_dim, n, outputs, kernel_dtype)
     _, y_axes = _layout.canonical(y, time_dim, channel_dim)
     residual_view = _NONE
     if residual is not None:
+        residual = residual if residual.dtype in _DTYPES else residual.to(torch.float32)
         residual, residual_axes = _layout.canonical(residual, time_dim, channel_dim)
         residual_view = _view(residual, residual_axes)
     if bias is not None:
@@ -120,7 +136,7 @@ def spectral_conv(
         _PRECISIONS[precision],
         torch.get_num_threads(),
     )
-    return y, positive
+    return y.to(dtype), positive
 
 
 def spectral_conv_weight_grad(
@@ -134,11 +150,6 @@ def spectral_conv_weight_grad(
     negative_slope: float | None = None,
     precision: str = "fp32",
 ) -> Tensor:
-    if _prefers_fft(max(x.shape[time_dim], grad_output.shape[time_dim]), modes):
-        return reference.spectral_conv_weight_grad(
-            x, grad_output, modes, time_dim=time_dim, channel_dim=channel_dim,
-            grad_positive=grad_positive, negative_slope=negative_slope, precision=precision,
-        )  # fmt: skip
     x, axes = _layout.canonical(x, time_dim, channel_dim)
     grad_output, grad_axes = _layout.canonical(grad_output, time_dim, channel_dim)
     grad = torch.empty((axes.C, grad_axes.C, modes, 2), dtype=torch.float32)
@@ -174,8 +185,6 @@ def _transform_axes(
 
 def truncated_rfft(x: Tensor, modes: int, *, dim: int) -> Tensor:
     T = x.shape[dim]
-    if _prefers_fft(T, modes):
-        return reference.truncated_rfft(x, modes, dim=dim)
     x, outer, inner = _transform_sizes(x, dim)
     spectrum = torch.empty((*x.shape[:dim], modes, *x.shape[dim + 1 :], 2), dtype=torch.float32)
     sizes, strides, spectrum_strides = _transform_axes(outer, T, modes, inner)
@@ -191,8 +200,6 @@ def truncated_rfft(x: Tensor, modes: int, *, dim: int) -> Tensor:
 
 def truncated_irfft(spectrum: Tensor, n: int, *, dim: int) -> Tensor:
     modes = spectrum.shape[dim]
-    if _prefers_fft(n, modes):
-        return reference.truncated_irfft(spectrum, n, dim=dim)
     spectrum = spectrum.to(torch.float32).contiguous()
     outer, inner = math.prod(spectrum.shape[:dim]), math.prod(spectrum.shape[dim + 1 : -1])
     x = torch.empty((*spectrum.shape[:dim], n, *spectrum.shape[dim + 1 : -1]), dtype=torch.float32)

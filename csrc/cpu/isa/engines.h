@@ -66,7 +66,8 @@ struct Fp32Engine {
             const float* block = reinterpret_cast<const float*>(blocks + j * block_bytes);
             const float* plane =
                 reinterpret_cast<const float*>(panel + terms[j].x * plane_bytes(I));
-            gemm_block<true>(rows, vecs, j > 0, {block, 1, step, plane, kWidth, acc, kWidth, I});
+            gemm_chained<true>(rows, vecs, j > 0, kProductChain,
+                               {block, 1, step, plane, kWidth, acc, kWidth, I});
         }
     }
 };

@@ -122,7 +122,26 @@ static void gemm_block(int rows, int vecs, bool accumulate, const Tile& tile) {
     }
 }
 
-// Any number of rows and vectors.
+// Sums of float32 in blocks of this many products: the rounding error of a sum grows with the root
+// of the longest chain of additions. Transforms feed every later sum, so theirs are shorter.
+constexpr int64_t kProductChain = 128;
+constexpr int64_t kTransformChain = 64;
+
+// gemm_block with its depth cut into equal blocks of at most `chain`.
+template <bool kPacked>
+static void gemm_chained(int rows, int vecs, bool accumulate, int64_t chain, Tile tile) {
+    const int64_t depth = tile.depth;
+    if (depth <= chain) return gemm_block<kPacked>(rows, vecs, accumulate, tile);
+    const int64_t step = ceil_div(depth, ceil_div(depth, chain));
+    for (int64_t d = 0; d < depth; d += step) {
+        tile.depth = min64(step, depth - d);
+        gemm_block<kPacked>(rows, vecs, accumulate || d > 0, tile);
+        tile.a += step * tile.a_depth;
+        tile.b += step * tile.b_depth;
+    }
+}
+
+// A transform by a table: any number of rows and vectors.
 static inline void gemm(int64_t rows, int64_t vecs, bool accumulate, Tile tile) {
     const Tile whole = tile;
     // Equal blocks: a short last one would leave the multipliers waiting for their own results.
@@ -132,8 +151,9 @@ static inline void gemm(int64_t rows, int64_t vecs, bool accumulate, Tile tile) 
             tile.a = whole.a + m * whole.a_row;
             tile.b = whole.b + v * kLanes;
             tile.c = whole.c + m * whole.c_row + v * kLanes;
-            gemm_block<false>(static_cast<int>(min64(step, rows - m)),
-                              static_cast<int>(min64(kVecs, vecs - v)), accumulate, tile);
+            gemm_chained<false>(static_cast<int>(min64(step, rows - m)),
+                                static_cast<int>(min64(kVecs, vecs - v)), accumulate,
+                                kTransformChain, tile);
         }
     }
 }

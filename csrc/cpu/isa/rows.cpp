@@ -16,6 +16,7 @@ constexpr int kBlockQ = 2;
 #endif
 constexpr int kBlockO = 3;       // output channels of a register tile
 constexpr int64_t kChunkQ = 64;  // signals of a task
+constexpr int64_t kChain = 64;   // products of a mode that are summed in registers
 
 // Signals (q, c) of a tensor, q = (b, p).
 struct Signals {
@@ -98,15 +99,23 @@ struct Product {
 
     template <int kQ, int kO>
     void tile(int64_t q, int64_t o, int64_t j) const {
+        int64_t i = 0;
+        do add<kQ, kO>(q, o, j, i, min64(I, i + kChain));
+        while ((i += kChain) < I);
+    }
+
+    // The input channels [begin, end); the first stores, the others add.
+    template <int kQ, int kO>
+    void add(int64_t q, int64_t o, int64_t j, int64_t begin, int64_t end) const {
         Vec by_real[kQ][kO], by_imag[kQ][kO];
 #pragma GCC unroll 4
         for (int a = 0; a < kQ; ++a) {
 #pragma GCC unroll 4
             for (int b = 0; b < kO; ++b) by_real[a][b] = by_imag[a][b] = zero();
         }
-        const float* w = weight + o * stride_o + j;
-        const float* from = x + q * I * 2 * pairs + j;
-        for (int64_t i = 0; i < I; ++i) {
+        const float* w = weight + begin * stride_i + o * stride_o + j;
+        const float* from = x + (q * I + begin) * 2 * pairs + j;
+        for (int64_t i = begin; i < end; ++i) {
             Vec row[kO];
 #pragma GCC unroll 4
             for (int b = 0; b < kO; ++b) {
@@ -130,8 +139,9 @@ struct Product {
                   crossed = alternating(conjugate ? 1 : -1, 1);
         for (int a = 0; a < kQ; ++a) {
             for (int b = 0; b < kO; ++b) {
-                store(y + ((q + a) * O + o + b) * pairs + j,
-                      fma(direct, by_real[a][b], crossed * swap_pairs(by_imag[a][b])));
+                float* out = y + ((q + a) * O + o + b) * pairs + j;
+                const Vec value = fma(direct, by_real[a][b], crossed * swap_pairs(by_imag[a][b]));
+                store(out, begin > 0 ? load(out) + value : value);
             }
         }
     }
@@ -275,15 +285,23 @@ struct GradProduct {
 
     template <int kI, int kO>
     void tile(int64_t i, int64_t o, int64_t j) const {
+        int64_t q = 0;
+        do add<kI, kO>(i, o, j, q, min64(Q, q + kChain));
+        while ((q += kChain) < Q);
+    }
+
+    // The signals [begin, end); the first store, the others add.
+    template <int kI, int kO>
+    void add(int64_t i, int64_t o, int64_t j, int64_t begin, int64_t end) const {
         Vec by_real[kI][kO], by_imag[kI][kO];
 #pragma GCC unroll 4
         for (int a = 0; a < kI; ++a) {
 #pragma GCC unroll 4
             for (int b = 0; b < kO; ++b) by_real[a][b] = by_imag[a][b] = zero();
         }
-        const float* from = x + i * 2 * pairs + j;
-        const float* g = grad + o * pairs + j;
-        for (int64_t q = 0; q < Q; ++q) {
+        const float* from = x + (begin * I + i) * 2 * pairs + j;
+        const float* g = grad + (begin * O + o) * pairs + j;
+        for (int64_t q = begin; q < end; ++q) {
             Vec row[kO];
 #pragma GCC unroll 4
             for (int b = 0; b < kO; ++b) row[b] = load(g + b * pairs);
@@ -304,9 +322,10 @@ struct GradProduct {
         if (some <= 0) return;
         for (int a = 0; a < kI; ++a) {
             for (int b = 0; b < kO; ++b) {
-                const Vec value = factor * fma(crossed, swap_pairs(by_imag[a][b]), by_real[a][b]);
-                store_some(reinterpret_cast<char*>(out + ((i + a) * O + o + b) * 2 * modes + j),
-                           kFloat32, value, some);
+                char* to = reinterpret_cast<char*>(out + ((i + a) * O + o + b) * 2 * modes + j);
+                Vec value = factor * fma(crossed, swap_pairs(by_imag[a][b]), by_real[a][b]);
+                if (begin > 0) value = load_some(to, kFloat32, some) + value;
+                store_some(to, kFloat32, value, some);
             }
         }
     }

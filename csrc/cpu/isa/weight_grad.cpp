@@ -14,6 +14,8 @@ namespace DSNO_ISA {
 namespace {
 
 constexpr int64_t kPanelBytes = 1024 << 10;
+// Chunks whose products are added one after the other; longer sums are sums of such sums.
+constexpr int64_t kGroup = 64;
 
 struct Product {
     int acc, x, grad;
@@ -36,6 +38,7 @@ struct WeightGrad {
     int product_count = 0;
     int64_t blocks, tiles, tiles_per_chunk, chunks, splits;
     int64_t part_floats, worker_bytes;
+    int64_t total_floats;  // of the sum over all groups of a part; 0 where there is one group only
     char* workers;
 
     explicit WeightGrad(const WeightGradArgs& a)
@@ -102,8 +105,10 @@ struct WeightGrad {
         chunks = args.B * ceil_div(tiles, tiles_per_chunk);
         splits = min64(args.threads, chunks);
         part_floats = accumulators() * blocks * rows() * kWidth;
-        const int64_t floats = part_floats + x_floats() + grad_floats() + buffer_floats() +
-                               lines_floats() + fold_floats(max64(args.T, args.n));
+        total_floats = ceil_div(chunks, splits) > kGroup ? part_floats : 0;
+        const int64_t floats = part_floats + total_floats + x_floats() + grad_floats() +
+                               buffer_floats() + lines_floats() +
+                               fold_floats(max64(args.T, args.n));
         worker_bytes = round_up(4 * floats, 4096) + 64;
         const int64_t product_bytes = round_up(int64_t{sizeof(Product)} * 12 * args.K, 64);
         char* memory =
@@ -126,15 +131,26 @@ struct WeightGrad {
 #if defined(__AMX_BF16__)
         if (kUnit == Unit::kAmx) configure_tiles();
 #endif
-        for (int64_t chunk = begin; chunk < end; ++chunk)
-            self.run_chunk(chunk, self.part(split), chunk > begin);
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+            const int64_t index = chunk - begin;
+            self.run_chunk(chunk, self.part(split), index % kGroup > 0);
+            const bool last = chunk + 1 == end || index % kGroup == kGroup - 1;
+            if (self.total_floats > 0 && last) self.add_group(split, index >= kGroup);
+        }
 #if defined(__AMX_BF16__)
         if (kUnit == Unit::kAmx) _tile_release();
 #endif
     }
 
+    void add_group(int64_t split, bool accumulate) {
+        const float* from = part(split);
+        float* to = part(split) + total_floats;
+        for (int64_t j = 0; j < part_floats; j += kLanes)
+            store(to + j, accumulate ? load(to + j) + load(from + j) : load(from + j));
+    }
+
     void run_chunk(int64_t chunk, float* sums, bool accumulate) {
-        float* x_panel = sums + part_floats;
+        float* x_panel = sums + part_floats + total_floats;
         float* grad_panel = x_panel + x_floats();
         float* buffer = grad_panel + grad_floats();
         float* lines = buffer + buffer_floats();
@@ -295,8 +311,9 @@ struct WeightGrad {
 
     Vec total(int acc, int64_t ob, int64_t i, int v) const {
         const int64_t offset = ((acc * blocks + ob) * rows() + i) * kWidth + v * kLanes;
-        Vec sum = load(part(0) + offset);
-        for (int64_t split = 1; split < splits; ++split) sum = sum + load(part(split) + offset);
+        Vec sum = load(part(0) + total_floats + offset);
+        for (int64_t split = 1; split < splits; ++split)
+            sum = sum + load(part(split) + total_floats + offset);
         return sum;
     }
 

@@ -1,7 +1,8 @@
 """What a swapped layer computes: for each known layer, its call on this library's kernels.
 
-Each function takes the module, a precision and the arguments of the layer's forward, and returns
-what that forward would; None where it cannot promise that, and the original forward runs.
+Each function takes the module, a precision, a backend (None: the fastest) and the arguments of the
+layer's forward, and returns what that forward would; None where it cannot promise that, and the
+original forward runs. Of a layer in half precision it returns that dtype for input of that dtype.
 Everything that a user may change after the swap (weights, modes, hooks, dtypes) is looked at in
 each call.
 """
@@ -19,7 +20,8 @@ from dsno_kernels.functional import spectral_conv
 
 Kernel = Callable[..., "Tensor | None"]
 
-_REAL = (torch.float16, torch.bfloat16, torch.float32)
+_HALF = (torch.float16, torch.bfloat16)
+_REAL = (*_HALF, torch.float32)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -34,17 +36,30 @@ def _plain(*tensors: Any) -> bool:
     return all(t.device == tensors[0].device for t in tensors)
 
 
+def _result(x: Tensor, weight: Tensor, precision: str | None) -> dict[str, Any]:
+    """Dtype and precision of a result: the original's, float32, unless x and weight are in half
+    precision.
+    """
+    out_dtype = x.dtype if x.dtype == weight.dtype else torch.float32
+    if precision is None and out_dtype == torch.float32:
+        precision = "fp32"
+    return {"out_dtype": out_dtype, "precision": precision}
+
+
 def dsno_spectral_conv(
-    module: Any, precision: str | None, *args: Any, **kwargs: Any
+    module: Any, precision: str | None, backend: str | None, *args: Any, **kwargs: Any
 ) -> Tensor | None:
     """DSNO's `SpectralConv1d`: x ``(B, T, I, H, W)`` of any dtype -> float32."""
     if len(args) != 1 or kwargs or not _serves_dsno(module, args[0]):
         return None
     x = args[0].float() if args[0].dtype == torch.float64 else args[0]
-    return spectral_conv(x, module.weights1, out_dtype=torch.float32, precision=precision)
+    weight = module.weights1
+    return spectral_conv(x, weight, backend=backend, **_result(x, weight, precision))
 
 
-def dsno_time_conv(module: Any, precision: str | None, *args: Any, **kwargs: Any) -> Tensor | None:
+def dsno_time_conv(
+    module: Any, precision: str | None, backend: str | None, *args: Any, **kwargs: Any
+) -> Tensor | None:
     """DSNO's `TimeConv`, ``x + act(t_conv(x))`` in one call, while nothing listens in between."""
     if len(args) != 1 or kwargs or module.with_nin:
         return None
@@ -61,8 +76,8 @@ def dsno_time_conv(module: Any, precision: str | None, *args: Any, **kwargs: Any
         activation="leaky_relu",
         negative_slope=act.negative_slope,
         residual=x,
-        out_dtype=torch.float32,
-        precision=precision,
+        backend=backend,
+        **_result(x, conv.weights1, precision),
     )
 
 
@@ -77,7 +92,7 @@ def _serves_dsno(module: Any, x: Any) -> bool:
 
 
 def fno_spectral_conv(
-    module: Any, precision: str | None, *args: Any, **kwargs: Any
+    module: Any, precision: str | None, backend: str | None, *args: Any, **kwargs: Any
 ) -> Tensor | None:
     """FNO's `SpectralConv1d`: x ``(B, I, L)`` float32, weights complex or in real pairs."""
     if len(args) != 1 or kwargs:
@@ -90,12 +105,14 @@ def fno_spectral_conv(
         return None
     if pairs.shape[2] > max_modes(x.shape[2]):
         return None
-    return spectral_conv(x, pairs, time_dim=2, channel_dim=1, precision=precision)
+    options = _result(x, pairs, precision)
+    return spectral_conv(x, pairs, time_dim=2, channel_dim=1, backend=backend, **options)
 
 
 def neuralop_spectral_conv(
     module: Any,
     precision: str | None,
+    backend: str | None,
     x: Any,
     output_shape: Sequence[int] | None = None,
     *args: Any,
@@ -129,7 +146,8 @@ def neuralop_spectral_conv(
     pairs = torch.view_as_real(weight)[:, :, :modes]
     if n != length and module.fft_norm != "backward":
         pairs = pairs * (n / length if module.fft_norm == "forward" else (n / length) ** 0.5)
-    return spectral_conv(x, pairs, time_dim=2, channel_dim=1, n=n, bias=bias, precision=precision)
+    options = {"time_dim": 2, "channel_dim": 1, "backend": backend, **_result(x, pairs, precision)}
+    return spectral_conv(x, pairs, n=n, bias=bias, **options)
 
 
 def neuralop_unsupported(module: Any) -> str | None:
@@ -159,6 +177,8 @@ def dense_weight(module: Any) -> Tensor | None:
 def _serves_channels_first(x: Any, weight: Any) -> bool:
     if not _plain(x, weight) or x.ndim != 3:
         return False
+    if weight.dtype in _HALF:
+        return x.dtype in (weight.dtype, torch.float32)
     return x.dtype == torch.float32 and weight.dtype in (torch.complex64, torch.float32)
 
 

@@ -15,6 +15,7 @@ once.
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ class SpectralConv1d(nn.Module):
         fails, stays in that dtype.
 
     Raises:
-        ValueError: sizes below 1, an unknown precision; in ``forward``, an x that does not fit.
+        TypeError: sizes that are not integers. ValueError: sizes below 1, an unknown precision; in
+            ``forward``, an x that does not fit.
 
     Equivalent to: the official ``SpectralConv1d(in_ch, out_ch, modes1)``, with the same state dict.
 
@@ -72,6 +74,8 @@ class SpectralConv1d(nn.Module):
         super().__init__()
         sizes = {"in_channels": in_channels, "out_channels": out_channels, "modes": modes}
         for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, numbers.Integral):
+                raise TypeError(f"{name} must be an integer, got {size!r}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         precisions.choose(precision, torch.float32)
@@ -154,8 +158,8 @@ class TimeConv(nn.Module):
         returns.
 
     Raises:
-        ValueError: channels that differ without ``with_nin``; sizes below 1; in ``forward``, an x
-            that does not fit.
+        TypeError: sizes that are not integers. ValueError: sizes below 1; channels that differ
+            without ``with_nin``; in ``forward``, an x that does not fit.
 
     Equivalent to: ``x + F.leaky_relu(t_conv(x), 0.01)``; the official ``TimeConv``, with the same
     state dict.
@@ -178,12 +182,12 @@ class TimeConv(nn.Module):
         precision: str | None = None,
     ) -> None:
         super().__init__()
+        self.t_conv = SpectralConv1d(in_channels, out_channels, modes, precision=precision)
         if in_channels != out_channels and not with_nin:
             raise ValueError(
                 f"the sum x + LeakyReLU(S(x)) needs as many output as input channels,"
                 f" got {in_channels} and {out_channels}; pass with_nin=True to project x"
             )
-        self.t_conv = SpectralConv1d(in_channels, out_channels, modes, precision=precision)
         self.nin = NIN(in_channels, out_channels) if with_nin else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,10 @@
-"""Stand-ins for the layers that `swap_layers` knows: what they compute and how they store it."""
+"""Stand-ins for the layers that `swap_layers` knows: what they compute and how they store it; a
+model of them, and a table of small ones with the shape of an input.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -122,3 +126,43 @@ class NeuralopSpectralConv(nn.Module):
             out[..., -1].imag.zero_()
         y = torch.fft.irfft(out, n=n, norm=self.fft_norm)
         return y if self.bias is None else y + self.bias
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(DsnoTimeConv(6, 6, 2), nn.Identity(), DsnoTimeConv(6, 6, 3))
+        self.head = nn.Conv3d(5, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+VIDEO, SIGNAL = (2, 5, 6, 3, 5), (3, 6, 11)
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "dsno_conv": (lambda: DsnoSpectralConv1d(6, 4, 3), VIDEO),
+    "dsno_time_conv": (lambda: DsnoTimeConv(6, 6, 3), VIDEO),
+    "fno": (lambda: FnoSpectralConv1d(6, 4, 4), SIGNAL),
+    "fno_pairs": (lambda: PairsSpectralConv1d(6, 4, 4), SIGNAL),
+    "neuralop": (lambda: NeuralopSpectralConv(6, 4, 7), SIGNAL),
+    "neuralop_backward": (
+        lambda: NeuralopSpectralConv(6, 4, 8, fft_norm="backward", bias=False),
+        SIGNAL,
+    ),
+    "neuralop_ortho": (
+        lambda: NeuralopSpectralConv(6, 4, 8, fft_norm="ortho", wrapped=False),
+        SIGNAL,
+    ),
+    "neuralop_fewer_modes": (lambda: NeuralopSpectralConv(6, 4, 5, max_n_modes=9), SIGNAL),
+    "neuralop_twice_as_long": (
+        lambda: NeuralopSpectralConv(6, 4, 5, resolution_scaling_factor=2.0),
+        SIGNAL,
+    ),
+}
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    return make(), torch.randn(shape)

@@ -199,9 +199,25 @@ def test_compiles_without_a_graph_break(dtype: torch.dtype) -> None:
 def test_bad_sizes_are_named() -> None:
     with pytest.raises(ValueError, match=r"modes must be at least 1, got 0"):
         dk.nn.SpectralConv1d(3, 3, 0)
+    with pytest.raises(ValueError, match=r"modes must be at least 1, got 0"):
+        dk.nn.TimeConv(3, 4, 0)
     with pytest.raises(ValueError, match=r"with_nin=True"):
         dk.nn.TimeConv(3, 4, 2)
     with pytest.raises(ValueError, match=r"unknown precision 'fp8'"):
         dk.nn.TimeConv(3, 3, 2, precision="fp8")
-    with pytest.raises(ValueError, match=r"modes must be in 1\.\.2 for 3 time points"):
+    with pytest.raises(ValueError, match=r"modes .*must be in 1\.\.2 for 3 time points"):
         dk.nn.TimeConv(3, 3, 3)(torch.randn(1, 3, 3, 2, 2))
+
+
+@pytest.mark.parametrize("size", [2.5, 2.0, True, "2", None])
+def test_sizes_that_are_not_integers_are_refused(size: object) -> None:
+    with pytest.raises(TypeError, match=r"^modes must be an integer, got .*$"):
+        dk.nn.SpectralConv1d(3, 3, size)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^in_channels must be an integer, got .*$"):
+        dk.nn.TimeConv(size, 3, 2)  # type: ignore[arg-type]
+    dk.nn.TimeConv(np.int64(3), 3, np.int32(2))  # type: ignore[arg-type]
+
+
+def test_model_without_a_configuration_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^config must be a DSNOConfig, got NoneType$"):
+        dk.models.DSNO(None)  # type: ignore[arg-type]

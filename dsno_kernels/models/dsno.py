@@ -68,7 +68,7 @@ class DSNO(nn.Module):
         The images at the T times, ``(B, T, 3, H, W)``.
 
     Raises:
-        ValueError: inputs that do not fit the configuration.
+        TypeError: config is not a DSNOConfig. ValueError: inputs that do not fit it.
 
     Equivalent to: the official ``TDDPMm(config)``, ``load_state_dict(strict=True)`` both ways.
 
@@ -82,6 +82,8 @@ class DSNO(nn.Module):
 
     def __init__(self, config: DSNOConfig, kernels: bool = True) -> None:
         super().__init__()
+        if not isinstance(config, DSNOConfig):
+            raise TypeError(f"config must be a DSNOConfig, got {type(config).__name__}")
         self.config = config
         self.kernels = kernels
         self.all_modules = nn.ModuleList(_modules(config, kernels))

@@ -66,6 +66,11 @@ struct Fp32Engine {
             const float* block = reinterpret_cast<const float*>(blocks + j * block_bytes);
             const float* plane =
                 reinterpret_cast<const float*>(panel + terms[j].x * plane_bytes(I));
+            if (I <= kProductChain) {  // most layers: without the call
+                gemm_block<true>(rows, vecs, j > 0,
+                                 {block, 1, step, plane, kWidth, acc, kWidth, I});
+                continue;
+            }
             gemm_chained<true>(rows, vecs, j > 0, kProductChain,
                                {block, 1, step, plane, kWidth, acc, kWidth, I});
         }

@@ -124,12 +124,14 @@ static void gemm_block(int rows, int vecs, bool accumulate, const Tile& tile) {
 
 // Sums of float32 in blocks of this many products: the rounding error of a sum grows with the root
 // of the longest chain of additions. Transforms feed every later sum, so theirs are shorter.
-constexpr int64_t kProductChain = 128;
+constexpr int64_t kProductChain = 256;
 constexpr int64_t kTransformChain = 64;
 
-// gemm_block with its depth cut into equal blocks of at most `chain`.
+// gemm_block with its depth cut into equal blocks of at most `chain`. Inlined, it slows down the
+// loops of its callers.
 template <bool kPacked>
-static void gemm_chained(int rows, int vecs, bool accumulate, int64_t chain, Tile tile) {
+__attribute__((noinline)) static void gemm_chained(int rows, int vecs, bool accumulate,
+                                                   int64_t chain, Tile tile) {
     const int64_t depth = tile.depth;
     if (depth <= chain) return gemm_block<kPacked>(rows, vecs, accumulate, tile);
     const int64_t step = ceil_div(depth, ceil_div(depth, chain));

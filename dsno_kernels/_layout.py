@@ -148,7 +148,7 @@ def output_layout(
 def empty(
     x: Tensor, time_dim: int, channel_dim: int, n: int, channels: int, dtype: torch.dtype
 ) -> Tensor:
-    """An uninitialised output for the input `x`, in the memory order of `x`."""
+    """An uninitialized output for the input `x`, in the memory order of `x`."""
     shape, strides = output_layout(x, time_dim, channel_dim, n, channels)
     return torch.empty_strided(shape, strides, dtype=dtype, device=x.device)
 

@@ -1,4 +1,4 @@
-"""Every test starts from one seed, with uninitialised memory full of NaN: an output that is not
+"""Every test starts from one seed, with uninitialized memory full of NaN: an output that is not
 written shows.
 """
 

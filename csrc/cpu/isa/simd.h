@@ -11,7 +11,7 @@
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's AVX-512 headers initialise "undefined" registers with themselves.
+// GCC 12's AVX-512 headers initialize "undefined" registers with themselves.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif

@@ -70,7 +70,7 @@ bench: setup
 	$(PY) benchmarks/report.py
 
 fuzz: setup
-	DSNO_KERNELS_FUZZ=10000 $(PY) -m pytest tests/test_properties.py
+	OMP_NUM_THREADS=1 DSNO_KERNELS_FUZZ=10000 $(PY) -m pytest tests/test_properties.py
 
 # The interpreter behind PY is taken as it is: it has torch with CUDA, and this package installed.
 gpu:

@@ -48,7 +48,18 @@ def axis_groups(
     return tuple(batch), tuple(pixels)
 
 
-def _merged(
+def group_sizes(shape: Sequence[int], time_dim: int, channel_dim: int) -> tuple[int, int]:
+    """B and P of a shape."""
+    batch_group, pixel_group = axis_groups(len(shape), time_dim, channel_dim)
+    batch = pixels = 1  # plain loops: Dynamo traces them, with symbols too
+    for axis in batch_group:
+        batch = batch * shape[axis]
+    for axis in pixel_group:
+        pixels = pixels * shape[axis]
+    return batch, pixels
+
+
+def merged(
     shape: Sequence[int], strides: Sequence[int], group: Sequence[int]
 ) -> tuple[int, int] | None:
     """Size and stride of axes seen as one, or None where one stride does not reach them all."""
@@ -69,8 +80,8 @@ def find_axes(
 ) -> Axes | None:
     """Canonical axes of a tensor, or None where its batch or pixel axes cannot be merged."""
     batch_group, pixel_group = axis_groups(len(shape), time_dim, channel_dim)
-    batch = _merged(shape, strides, batch_group)
-    pixels = _merged(shape, strides, pixel_group)
+    batch = merged(shape, strides, batch_group)
+    pixels = merged(shape, strides, pixel_group)
     if batch is None or pixels is None:
         return None
     return Axes(

@@ -273,10 +273,10 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
     Example:
         >>> print(dk.explain("spectral_conv", x, weight))
     """
-    if op_name not in _PUBLIC:
-        raise ValueError(f"unknown op {op_name!r}; accepted: {', '.join(map(repr, _PUBLIC))}")
+    if op_name not in OPS:
+        raise ValueError(f"unknown op {op_name!r}; accepted: {', '.join(map(repr, OPS))}")
     if args or kwargs:
-        return backends.explain_call(lambda: _PUBLIC[op_name](*args, **kwargs))
+        return backends.explain_call(lambda: OPS[op_name](*args, **kwargs))
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     requests = [
         backends.Request(op_name, torch.device(kind), torch.float32, precisions.resolve("", kind))
@@ -285,7 +285,7 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
     return "\n".join(backends.explain_request(r, backends.forced()) for r in requests)
 
 
-_PUBLIC: dict[str, Callable[..., Tensor]] = {
+OPS: dict[str, Callable[..., Tensor]] = {
     "spectral_conv": spectral_conv,
     "spectral_conv_weight_grad": spectral_conv_weight_grad,
     "truncated_rfft": truncated_rfft,

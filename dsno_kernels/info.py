@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 import dsno_kernels
-from dsno_kernels.backends import OPS
+from dsno_kernels.functional import OPS
 
 MISSING = "not installed"
 

@@ -23,8 +23,6 @@ NAMES = ("cpu", "cuda", "triton", "cupy", "reference")
 # when it is forced.
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-OPS = ("spectral_conv", "spectral_conv_weight_grad", "truncated_rfft", "truncated_irfft")
-
 
 class Request(NamedTuple):
     """What an op asks of a backend; everything a backend may refuse."""

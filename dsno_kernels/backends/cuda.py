@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsno_kernels._layout import _merged
+from dsno_kernels._layout import merged
 from dsno_kernels._modes import alpha, max_modes
 from dsno_kernels.backends import Request
 from dsno_kernels.backends._launch import on_device, raw_stream, uncovered_capability
@@ -165,8 +165,8 @@ def plan(
     """
     axes = len(shape) - inverse
     outer, inner = (
-        _merged(shape, strides, range(dim)),
-        _merged(shape, strides, range(dim + 1, axes)),
+        merged(shape, strides, range(dim)),
+        merged(shape, strides, range(dim + 1, axes)),
     )
     if outer is None or inner is None:
         return None

@@ -158,7 +158,7 @@ def pack_positive(h: Tensor, time_dim: int, channel_dim: int) -> Tensor:
     """Bits `h > 0`, uint8 `[B, T, C, ceil(P/8)]`; bit j of byte q belongs to pixel 8q + j."""
     bits = F.pad(
         (_to_btcp(h, time_dim, channel_dim) > 0).to(torch.uint8),
-        (0, -_pixels(h, time_dim, channel_dim) % 8),
+        (0, -_layout.group_sizes(h.shape, time_dim, channel_dim)[1] % 8),
     )
     shifts = torch.arange(8, dtype=torch.uint8, device=h.device)
     return (bits.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
@@ -174,7 +174,7 @@ def apply_positive(
     bits = (
         (positive.unsqueeze(-1) >> shifts & 1)
         .flatten(-2)
-        .narrow(-1, 0, _pixels(g, time_dim, channel_dim))
+        .narrow(-1, 0, _layout.group_sizes(g.shape, time_dim, channel_dim)[1])
     )
     batch_group, pixel_group = _layout.axis_groups(g.ndim, time_dim, channel_dim)
     shape = [g.shape[axis] for axis in (*batch_group, time_dim, channel_dim, *pixel_group)]
@@ -184,18 +184,8 @@ def apply_positive(
     return torch.where(bits.reshape(shape).permute(order).bool(), g, g * negative_slope)
 
 
-def _pixels(x: Tensor, time_dim: int, channel_dim: int) -> int:
-    pixels = 1
-    for axis in _layout.axis_groups(x.ndim, time_dim, channel_dim)[1]:
-        pixels *= x.shape[axis]
-    return pixels
-
-
 def _to_btcp(x: Tensor, time_dim: int, channel_dim: int) -> Tensor:
     batch_group, pixel_group = _layout.axis_groups(x.ndim, time_dim, channel_dim)
-    pixels = _pixels(x, time_dim, channel_dim)
-    batch = 1
-    for axis in batch_group:
-        batch *= x.shape[axis]
+    batch, pixels = _layout.group_sizes(x.shape, time_dim, channel_dim)
     order = (*batch_group, time_dim, channel_dim, *pixel_group)
     return x.permute(order).reshape(batch, x.shape[time_dim], x.shape[channel_dim], pixels)

@@ -77,12 +77,7 @@ def _empty_positive(out: Tensor, time_dim: int, channel_dim: int, save: bool) ->
     """
     if not save:
         return out.new_empty((0,), dtype=torch.uint8)
-    batch_group, pixel_group = _layout.axis_groups(out.ndim, time_dim, channel_dim)
-    batch = pixels = 1
-    for axis in batch_group:
-        batch = batch * out.shape[axis]
-    for axis in pixel_group:
-        pixels = pixels * out.shape[axis]
+    batch, pixels = _layout.group_sizes(out.shape, time_dim, channel_dim)
     shape = _layout.positive_shape(batch, out.shape[time_dim], out.shape[channel_dim], pixels)
     return out.new_empty(shape, dtype=torch.uint8)
 

@@ -114,6 +114,10 @@ def test_the_wheel_ships_device_code_and_types(cuda_package: Path) -> None:
     assert shipped == {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cuh")}
     assert (cuda_package / "py.typed").exists()
     assert (cuda_package / "_C.pyi").exists()
+    tables = Path("backends") / "triton" / "tables"
+    assert {path.name for path in (cuda_package / tables).iterdir()} == {
+        path.name for path in (ROOT / "dsno_kernels" / tables).iterdir()
+    }
 
 
 @needs_nvcc

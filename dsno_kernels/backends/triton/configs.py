@@ -1,19 +1,53 @@
-"""Launch parameters: one table per architecture; nothing is tuned at run time.
+"""Launch parameters: one table of data per architecture; nothing is tuned at run time.
 
-A row is chosen by kernel, by method (how the products are computed) and by shape class. The fused
-kernels hold all coefficients of a tile on chip; their classes are "3" (up to 4 times, 3
-coefficients), "4" (up to 4 times) and "8" (up to 8). A class without a row, where no tile fits the
-registers, and all longer transforms run on the planar kernels. `narrow` rows serve problems that
-would leave most of the GPU idle with the wide tiles. Architectures that are not listed take the
-table of the smallest shared memory, which fits everywhere.
+`tables/sm_XX.json` holds the table of compute capability X.X. A row is chosen by kernel, by method
+(how the products are computed) and by shape class. The fused kernels hold all coefficients of a
+tile on chip; their classes are "3" (up to 4 times, 3 coefficients), "4" (up to 4 times) and "8" (up
+to 8). A class without a row, where no tile fits the registers, and all longer transforms run on the
+planar kernels. `narrow` rows serve problems that would leave most of the GPU idle with the wide
+tiles. GPUs without a table take that of the smallest shared memory, which fits everywhere.
 
-The tiles are the largest of a hand-made list that compile without spills, as
-tests/test_triton_aot.py checks; none has been timed on a GPU.
+The `source` of a row says how it was chosen: "compiled" (it compiles without spills, as
+tests/test_triton_aot.py checks for all rows), "modeled: .." (best in the model of
+benchmarks/tuning_model.py) or "measured: .." (fastest on the GPU it names). benchmarks/tune.py
+writes the tables.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TABLES = Path(__file__).parent / "tables"
+
+METHODS = ("ieee", "tf32x3", "tf32", "bf16x3", "bf16")
+_FUSED = ("3", "4", "8")
+# The shape classes of each kernel.
+CLASSES = {
+    "spectral_conv": (*_FUSED, *(f"{kind} narrow" for kind in _FUSED)),
+    "spectral_conv_weight_grad": _FUSED,
+    "spectral_conv_mix": ("", "narrow"),
+    "spectral_conv_weight_grad_planes": ("",),
+    "truncated_rfft": ("",),
+    "truncated_irfft": ("",),
+}
+SOURCE = re.compile(r"compiled|(modeled|measured): .+")
+_HEAD = {"architecture": str, "fp32_method": str, "transform_method": str, "programs": int}
+_ROW = {
+    "kernel": str,
+    "method": str,
+    "class": str,
+    "tile": list,
+    "warps": int,
+    "stages": int,
+    "source": str,
+}
+
+RowKey = tuple[str, str, str]
 
 
 class Config(NamedTuple):
@@ -30,11 +64,10 @@ class Architecture(NamedTuple):
     fp32_method: str
     transform_method: str  # of the thin transforms of the general kernels: float32-accurate
     programs: int  # enough to fill the GPU; also how far a reduction over pixels is split
-    rows: dict[tuple[str, str, str], Config]
+    rows: dict[RowKey, Config]
 
 
 MAX_LENGTH = 8  # of the fused kernels: a tile holds all times and coefficients on chip
-
 
 PACK_WEIGHT = Config((32, 32, 1), 4, 1)
 REDUCE = Config((256, 1, 1), 4, 1)
@@ -47,220 +80,117 @@ def shape_class(length: int, coefficients: int) -> str:
     return "3" if coefficients <= 3 else "4"
 
 
-def _rows(table: dict[str, dict[str, Config]]) -> dict[tuple[str, str, str], Config]:
-    """{kernel: {"method class": config}} -> {(kernel, method, class): config}."""
-    rows = {}
-    for kernel, configs in table.items():
-        for key, config in configs.items():
-            method, _, kind = key.partition(" ")
-            rows[kernel, method, kind] = config
-    return rows
+def table_path(capability: tuple[int, int], folder: Path = TABLES) -> Path:
+    return folder / f"sm_{capability[0]}{capability[1]}.json"
 
 
-_SM90 = _rows(
-    {
-        "spectral_conv": {
-            "tf32x3 3": Config((64, 16, 64), 8, 3),
-            "tf32x3 3 narrow": Config((32, 16, 16), 4, 2),
-            "tf32x3 4": Config((64, 16, 32), 4, 2),
-            "tf32x3 4 narrow": Config((32, 16, 16), 4, 2),
-            "tf32x3 8": Config((64, 16, 16), 8, 2),
-            "tf32x3 8 narrow": Config((64, 16, 16), 8, 2),
-            "bf16x3 3": Config((64, 32, 64), 8, 2),
-            "bf16x3 3 narrow": Config((32, 16, 16), 4, 2),
-            "bf16x3 4": Config((64, 16, 64), 8, 2),
-            "bf16x3 4 narrow": Config((32, 16, 16), 4, 2),
-            "bf16x3 8": Config((64, 16, 32), 8, 2),
-            "bf16x3 8 narrow": Config((16, 16, 16), 2, 2),
-            "tf32 3": Config((64, 32, 64), 8, 3),
-            "tf32 3 narrow": Config((32, 32, 32), 4, 2),
-            "tf32 4": Config((64, 32, 64), 8, 2),
-            "tf32 4 narrow": Config((32, 32, 32), 4, 2),
-            "tf32 8": Config((64, 16, 32), 8, 2),
-            "tf32 8 narrow": Config((32, 16, 16), 4, 2),
-            "bf16 3": Config((64, 32, 64), 8, 3),
-            "bf16 3 narrow": Config((32, 32, 32), 4, 2),
-            "bf16 4": Config((64, 32, 64), 8, 2),
-            "bf16 4 narrow": Config((32, 32, 32), 4, 2),
-            "bf16 8": Config((64, 16, 32), 8, 2),
-            "bf16 8 narrow": Config((32, 16, 16), 4, 2),
-        },
-        "spectral_conv_weight_grad": {
-            "tf32x3 3": Config((64, 64, 16), 8, 2),
-            "tf32x3 4": Config((64, 32, 16), 4, 2),
-            "bf16x3 3": Config((64, 64, 16), 8, 2),
-            "bf16x3 4": Config((64, 32, 16), 4, 2),
-            "bf16x3 8": Config((64, 16, 16), 4, 2),
-            "tf32 3": Config((64, 64, 32), 8, 3),
-            "tf32 4": Config((64, 64, 16), 8, 2),
-            "tf32 8": Config((64, 32, 16), 8, 2),
-            "bf16 3": Config((64, 64, 32), 8, 3),
-            "bf16 4": Config((64, 64, 16), 8, 2),
-            "bf16 8": Config((64, 32, 16), 8, 2),
-        },
-        "spectral_conv_mix": {
-            "tf32x3": Config((64, 32, 64), 8, 2),
-            "tf32x3 narrow": Config((32, 16, 32), 4, 2),
-            "bf16x3": Config((64, 32, 64), 8, 2),
-            "bf16x3 narrow": Config((32, 32, 32), 4, 2),
-            "tf32": Config((128, 32, 64), 8, 3),
-            "tf32 narrow": Config((32, 32, 32), 4, 2),
-            "bf16": Config((128, 32, 64), 8, 3),
-            "bf16 narrow": Config((32, 32, 32), 4, 2),
-        },
-        "spectral_conv_weight_grad_planes": {
-            "tf32x3": Config((64, 64, 32), 8, 2),
-            "bf16x3": Config((64, 64, 16), 8, 2),
-            "tf32": Config((64, 64, 32), 8, 3),
-            "bf16": Config((64, 64, 32), 8, 3),
-        },
-        "truncated_rfft": {
-            "tf32x3": Config((64, 32, 32), 4, 2),
-        },
-        "truncated_irfft": {
-            "tf32x3": Config((64, 32, 32), 4, 2),
-        },
-    }
-)
+@functools.cache
+def load(path: Path) -> Architecture:
+    """The table in a file, checked; `ValueError` names the file and the row that is wrong."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from None
+    return parse(data, path.name)
 
 
-_SM80 = _rows(
-    {
-        "spectral_conv": {
-            "tf32x3 3": Config((64, 16, 32), 4, 2),
-            "tf32x3 3 narrow": Config((32, 16, 16), 4, 2),
-            "tf32x3 4": Config((32, 16, 16), 4, 2),
-            "tf32x3 4 narrow": Config((32, 16, 16), 4, 2),
-            "bf16x3 3": Config((64, 16, 32), 4, 2),
-            "bf16x3 3 narrow": Config((16, 16, 16), 4, 2),
-            "bf16x3 4": Config((64, 16, 32), 4, 2),
-            "bf16x3 4 narrow": Config((32, 16, 16), 4, 2),
-            "bf16x3 8": Config((64, 16, 16), 8, 2),
-            "bf16x3 8 narrow": Config((16, 16, 16), 2, 2),
-            "tf32 3": Config((128, 16, 32), 8, 2),
-            "tf32 3 narrow": Config((32, 32, 32), 4, 2),
-            "tf32 4": Config((64, 16, 32), 4, 2),
-            "tf32 4 narrow": Config((32, 32, 32), 4, 2),
-            "tf32 8": Config((32, 16, 16), 4, 2),
-            "tf32 8 narrow": Config((32, 16, 16), 4, 2),
-            "bf16 3": Config((128, 16, 32), 8, 2),
-            "bf16 3 narrow": Config((32, 32, 32), 4, 2),
-            "bf16 4": Config((64, 16, 32), 4, 2),
-            "bf16 4 narrow": Config((32, 32, 32), 4, 2),
-            "bf16 8": Config((32, 16, 16), 4, 2),
-            "bf16 8 narrow": Config((32, 16, 16), 4, 2),
-        },
-        "spectral_conv_weight_grad": {
-            "tf32x3 3": Config((64, 32, 16), 4, 2),
-            "tf32x3 4": Config((64, 16, 16), 4, 2),
-            "bf16x3 3": Config((64, 64, 16), 8, 2),
-            "bf16x3 4": Config((64, 32, 16), 4, 2),
-            "bf16x3 8": Config((64, 16, 16), 4, 2),
-            "tf32 3": Config((64, 64, 16), 8, 2),
-            "tf32 4": Config((64, 32, 16), 4, 2),
-            "tf32 8": Config((32, 16, 16), 4, 2),
-            "bf16 3": Config((64, 64, 16), 8, 2),
-            "bf16 4": Config((64, 64, 16), 8, 2),
-            "bf16 8": Config((32, 16, 16), 4, 2),
-        },
-        "spectral_conv_mix": {
-            "tf32x3": Config((64, 16, 32), 4, 2),
-            "tf32x3 narrow": Config((32, 16, 32), 4, 2),
-            "bf16x3": Config((64, 32, 64), 8, 2),
-            "bf16x3 narrow": Config((32, 32, 32), 4, 2),
-            "tf32": Config((128, 32, 64), 8, 3),
-            "tf32 narrow": Config((32, 32, 32), 4, 2),
-            "bf16": Config((128, 32, 64), 8, 3),
-            "bf16 narrow": Config((32, 32, 32), 4, 2),
-        },
-        "spectral_conv_weight_grad_planes": {
-            "tf32x3": Config((64, 32, 16), 4, 2),
-            "bf16x3": Config((64, 64, 16), 8, 2),
-            "tf32": Config((64, 64, 32), 8, 3),
-            "bf16": Config((64, 64, 32), 8, 3),
-        },
-        "truncated_rfft": {
-            "tf32x3": Config((64, 32, 16), 4, 2),
-        },
-        "truncated_irfft": {
-            "tf32x3": Config((64, 32, 16), 8, 2),
-        },
-    }
-)
+def parse(data: Any, name: str) -> Architecture:
+    """The table in what a JSON file holds; `name` is that of the file, for errors.
+
+    Raises:
+        ValueError: A field is missing, of a wrong type or value, a row stands twice, or a row that
+            the launchers rely on is missing.
+    """
+    _check_fields(data, {**_HEAD, "rows": list}, name)
+    if f"{data['architecture']}.json" != name:
+        raise ValueError(f"{name} holds the table of {data['architecture']}: rename one of them")
+    for field in ("fp32_method", "transform_method"):
+        _check_choice(data[field], METHODS, field, name)
+    if data["programs"] < 1:
+        raise ValueError(f"{name}: programs is {data['programs']}; give a positive number")
+    rows: dict[RowKey, Config] = {}
+    for number, row in enumerate(data["rows"], 1):
+        key, config = _parse_row(row, f"{name}, row {number}")
+        if key in rows:
+            raise ValueError(f"{name}, row {number}: {' '.join(key).strip()} stands twice")
+        rows[key] = config
+    for key in _needed(data["fp32_method"], data["transform_method"], rows):
+        if key not in rows:
+            raise ValueError(f"{name} has no row for {' '.join(key).strip()}: add one")
+    return Architecture(data["fp32_method"], data["transform_method"], data["programs"], rows)
 
 
-_SM86 = _rows(
-    {
-        "spectral_conv": {
-            "ieee 3": Config((64, 16, 64), 8, 2),
-            "ieee 3 narrow": Config((32, 32, 32), 4, 2),
-            "ieee 4": Config((64, 16, 64), 8, 2),
-            "ieee 4 narrow": Config((32, 32, 32), 4, 2),
-            "ieee 8": Config((32, 16, 32), 8, 2),
-            "ieee 8 narrow": Config((32, 16, 16), 4, 2),
-            "bf16x3 3": Config((64, 16, 32), 4, 2),
-            "bf16x3 3 narrow": Config((16, 16, 16), 4, 2),
-            "bf16x3 4": Config((64, 16, 32), 4, 2),
-            "bf16x3 4 narrow": Config((32, 16, 16), 4, 2),
-            "bf16x3 8": Config((64, 16, 16), 8, 2),
-            "bf16x3 8 narrow": Config((16, 16, 16), 2, 2),
-            "tf32 3": Config((128, 16, 32), 8, 2),
-            "tf32 3 narrow": Config((32, 32, 32), 4, 2),
-            "tf32 4": Config((64, 16, 32), 4, 2),
-            "tf32 4 narrow": Config((32, 32, 32), 4, 2),
-            "tf32 8": Config((32, 16, 16), 8, 2),
-            "tf32 8 narrow": Config((32, 16, 16), 8, 2),
-            "bf16 3": Config((128, 16, 32), 8, 2),
-            "bf16 3 narrow": Config((32, 32, 32), 4, 2),
-            "bf16 4": Config((64, 16, 32), 4, 2),
-            "bf16 4 narrow": Config((32, 32, 32), 4, 2),
-            "bf16 8": Config((32, 16, 16), 4, 2),
-            "bf16 8 narrow": Config((32, 16, 16), 4, 2),
-        },
-        "spectral_conv_weight_grad": {
-            "ieee 3": Config((32, 32, 16), 4, 2),
-            "ieee 4": Config((64, 32, 16), 8, 2),
-            "ieee 8": Config((32, 32, 16), 8, 2),
-            "bf16x3 3": Config((64, 64, 16), 8, 2),
-            "bf16x3 4": Config((64, 32, 16), 4, 2),
-            "bf16x3 8": Config((64, 16, 16), 4, 2),
-            "tf32 3": Config((64, 64, 16), 8, 2),
-            "tf32 4": Config((64, 32, 16), 4, 2),
-            "tf32 8": Config((32, 16, 16), 4, 2),
-            "bf16 3": Config((64, 64, 16), 8, 2),
-            "bf16 4": Config((64, 64, 16), 8, 2),
-            "bf16 8": Config((32, 16, 16), 4, 2),
-        },
-        "spectral_conv_mix": {
-            "ieee": Config((64, 16, 64), 8, 2),
-            "ieee narrow": Config((32, 32, 32), 4, 2),
-            "bf16x3": Config((64, 32, 64), 8, 2),
-            "bf16x3 narrow": Config((32, 32, 32), 4, 2),
-            "tf32": Config((128, 32, 64), 8, 3),
-            "tf32 narrow": Config((32, 32, 32), 4, 2),
-            "bf16": Config((128, 32, 64), 8, 3),
-            "bf16 narrow": Config((32, 32, 32), 4, 2),
-        },
-        "spectral_conv_weight_grad_planes": {
-            "ieee": Config((64, 64, 16), 8, 2),
-            "bf16x3": Config((64, 64, 16), 8, 2),
-            "tf32": Config((64, 64, 32), 8, 3),
-            "bf16": Config((64, 64, 32), 8, 3),
-        },
-        "truncated_rfft": {
-            "ieee": Config((64, 64, 32), 4, 2),
-        },
-        "truncated_irfft": {
-            "ieee": Config((64, 32, 16), 8, 2),
-        },
-    }
-)
+def _parse_row(row: Any, place: str) -> tuple[RowKey, Config]:
+    _check_fields(row, _ROW, place)
+    kernel, method, kind = row["kernel"], row["method"], row["class"]
+    _check_choice(kernel, tuple(CLASSES), "kernel", place)
+    _check_choice(method, METHODS, "method", place)
+    _check_choice(kind, CLASSES[kernel], "class", place)
+    tile = row["tile"]
+    if len(tile) != 3 or not all(type(size) is int and _is_power(size, 16, 1024) for size in tile):
+        raise ValueError(f"{place}: tile is {tile}; give three powers of two from 16 to 1024")
+    if not _is_power(row["warps"], 1, 32):
+        raise ValueError(f"{place}: warps is {row['warps']}; give a power of two from 1 to 32")
+    if not 1 <= row["stages"] <= 8:
+        raise ValueError(f"{place}: stages is {row['stages']}; give 1 to 8")
+    if not SOURCE.fullmatch(row["source"]):
+        raise ValueError(
+            f"{place}: source is {row['source']!r}; give 'compiled', 'modeled: ..' or"
+            " 'measured: ..'"
+        )
+    return (kernel, method, kind), Config((tile[0], tile[1], tile[2]), row["warps"], row["stages"])
 
-# How many programs fill a GPU: about two for each of its multiprocessors.
-ARCHITECTURES = {
-    (8, 0): Architecture("tf32x3", "tf32x3", 216, _SM80),
-    (8, 6): Architecture("ieee", "ieee", 168, _SM86),
-    (8, 9): Architecture("ieee", "ieee", 168, _SM86),
-    (9, 0): Architecture("tf32x3", "tf32x3", 264, _SM90),
-}
+
+def _needed(fp32: str, transform: str, rows: Mapping[RowKey, Config]) -> Iterator[RowKey]:
+    """Rows that the launchers look up without asking whether they are there."""
+    for method in dict.fromkeys((fp32, "bf16x3", "tf32", "bf16")):
+        yield "spectral_conv_mix", method, ""
+        yield "spectral_conv_mix", method, "narrow"
+        yield "spectral_conv_weight_grad_planes", method, ""
+    yield "truncated_rfft", transform, ""
+    yield "truncated_irfft", transform, ""
+    for kernel, method, kind in rows:
+        if kernel == "spectral_conv":
+            yield kernel, method, f"{kind.split()[0]} narrow"
+
+
+def _check_fields(data: Any, fields: Mapping[str, type], place: str) -> None:
+    if not isinstance(data, dict):
+        raise ValueError(f"{place}: expected an object, got {type(data).__name__}")
+    if set(data) != set(fields):
+        raise ValueError(f"{place}: fields are {', '.join(data)}; expected {', '.join(fields)}")
+    for field, kind in fields.items():
+        if type(data[field]) is not kind:
+            raise ValueError(f"{place}: {field} is {data[field]!r}; expected {kind.__name__}")
+
+
+def _check_choice(value: str, choices: tuple[str, ...], field: str, place: str) -> None:
+    if value not in choices:
+        accepted = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{place}: {field} is {value!r}; expected one of {accepted}")
+
+
+def _is_power(value: int, least: int, largest: int) -> bool:
+    return least <= value <= largest and value & (value - 1) == 0
+
+
+class _Tables(Mapping[tuple[int, int], Architecture]):
+    """{compute capability: table}; a file is read when it is first asked for."""
+
+    def __getitem__(self, capability: tuple[int, int]) -> Architecture:
+        path = table_path(capability)
+        if not path.is_file():
+            raise KeyError(capability)
+        return load(path)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for path in sorted(TABLES.glob("sm_*.json")):
+            major, minor = divmod(int(path.stem.removeprefix("sm_")), 10)
+            yield major, minor
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+ARCHITECTURES = _Tables()
 SAFE = ARCHITECTURES[8, 6]

@@ -1,25 +1,31 @@
 """Options, parameters and the results file of the benchmarks.
 
 `pytest benchmarks` measures and writes `benchmarks/results/<machine>.json`; `pytest benchmarks
---benchmark-disable` runs every case once on small shapes and writes nothing.
+--benchmark-disable` runs every case once on small shapes and writes nothing. On a GPU `gpu.py` runs
+them, with a journal.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import machine
-from benchmarks.peers import PEERS, PRECISIONS
-from benchmarks.shapes import shapes
+from benchmarks import journal, machine, measure, standin
+from benchmarks.host_cuda import dry_run, on_gpu
+from benchmarks.peers import cases
+from benchmarks.shapes import Shape, shapes
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.hasplugin("benchmark"):
+        pluginmanager.register(standin, "benchmark-standin")
     group = parser.getgroup("dsno_kernels")
     group.addoption(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure"
@@ -28,6 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--results",
         metavar="NAME",
         help="write benchmarks/results/NAME.json, also for a part of the suite",
+    )
+    group.addoption(
+        "--journal",
+        metavar="FILE",
+        type=Path,
+        help="append each entry to FILE as soon as it is measured, and write no results file",
     )
 
 
@@ -44,7 +56,7 @@ def device_of(config: pytest.Config) -> torch.device:
 def pytest_configure(config: pytest.Config) -> None:
     """Choose where pytest-benchmark writes its JSON, unless the caller chose already."""
     option = config.option
-    if option.benchmark_disable or option.benchmark_json or option.collectonly:
+    if option.benchmark_disable or option.benchmark_json or option.collectonly or option.journal:
         return
     whole = not option.keyword and all(Path(argument).is_dir() for argument in config.args)
     name = config.getoption("--results") or (machine.slug(device_of(config)) if whole else None)
@@ -53,21 +65,30 @@ def pytest_configure(config: pytest.Config) -> None:
         option.benchmark_json = RESULTS / f"{name}.json"
 
 
+def measured_shapes(config: pytest.Config) -> list[Shape]:
+    """The shapes of the device; where nothing is timed, small ones that nothing is compiled for."""
+    device = device_of(config)
+    found = shapes("cuda" if on_gpu(device) else "cpu")
+    if config.option.benchmark_disable:
+        return [shape.small() for shape in found]
+    if dry_run():
+        some = [shape.small() for shape in found if shape.all_peers]
+        return [dataclasses.replace(some[0], compiled=True), *some[1:]]
+    return list(found)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`case` = (shape, precision, peer): every peer of a shape right after the eager layer."""
+    """`case` = (shape, precision, peer)."""
     if "case" not in metafunc.fixturenames:
         return
-    kind = device_of(metafunc.config).type
-    cases = [
+    kind = "cuda" if on_gpu(device_of(metafunc.config)) else "cpu"
+    params = [
         pytest.param(
             (shape, precision, peer), id=f"{shape.name}-{precision}-{peer.name}".replace(" ", "_")
         )
-        for shape in shapes(kind)
-        for precision in PRECISIONS[kind]
-        for peer in PEERS
-        if precision in peer.precisions
+        for shape, precision, peer in cases(kind, measured_shapes(metafunc.config))
     ]
-    metafunc.parametrize("case", cases)
+    metafunc.parametrize("case", params)
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +102,29 @@ def smoke(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.option.benchmark_disable)
 
 
+@pytest.fixture(scope="session")
+def journal_file(request: pytest.FixtureRequest, device: torch.device) -> Path | None:
+    """The journal, with a line on this machine and its limits, which warms the GPU's clocks."""
+    path: Path | None = request.config.getoption("--journal")
+    if path:
+        machine_info = machine.describe(device) | measure.rates(device)
+        journal.append(path, {"machine_info": machine_info, "slug": machine.slug(device)})
+    return path
+
+
+@pytest.fixture(autouse=True)
+def journaled(request: pytest.FixtureRequest, journal_file: Path | None) -> Iterator[None]:
+    if journal_file is None:
+        yield
+        return
+    benchmark = request.getfixturevalue("benchmark")
+    yield
+    if benchmark.extra_info:
+        entry = {"group": benchmark.group, "name": request.node.name}
+        journal.append(journal_file, {**entry, "extra_info": dict(benchmark.extra_info)})
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
@@ -88,12 +132,14 @@ def pytest_benchmark_update_machine_info(
     machine_info.update(machine.describe(device_of(config)))
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
     kept = {key: commit_info.get(key) for key in ("id", "dirty")}
     commit_info.clear()
     commit_info.update(kept)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:

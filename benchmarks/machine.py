@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.host_cuda import cuda, on_gpu
+
 _ISA = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
@@ -36,7 +38,7 @@ def cpu_model() -> str:
 def describe(device: torch.device) -> dict[str, Any]:
     """Versions and hardware; no host name and no path."""
     info: dict[str, Any] = {
-        "device": device.type,
+        "device": "cuda" if on_gpu(device) else device.type,
         "cpu": cpu_model(),
         "isa": [name for name in _ISA if name in cpu_flags()],
         "cores": _cores(),
@@ -47,12 +49,13 @@ def describe(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "neuraloperator": _version("neuraloperator"),
     }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
+    if on_gpu(device):
+        properties = cuda().get_device_properties(device)
         info |= {
             "gpu": properties.name,
             "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
             "capability": f"{properties.major}.{properties.minor}",
+            "l2_mib": round(getattr(properties, "L2_cache_size", 0) / 2**20),
             "cuda": torch.version.cuda,
         }
     return info

@@ -1,4 +1,7 @@
-"""Timing two calls side by side; the memory of a call; this machine's limits."""
+"""Timing two calls side by side; the error and the memory of a call; this machine's limits.
+
+On the CPU the host's clock times; on a GPU `events` does.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Thunk = Callable[[], object]
+from benchmarks import events
+from benchmarks.events import Thunk
+from benchmarks.host_cuda import cuda, dry_run, on_gpu
 
 # Time that one entry may take, and how many rounds make a median worth quoting.
-SECONDS_PER_ENTRY = {"cpu": 3.0, "cuda": 0.5}
+SECONDS_PER_ENTRY = 3.0
 ROUNDS = (9, 101)
-GPU_CALLS = 20  # launches in a round on a GPU, between two synchronizations
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if on_gpu(device):
+        cuda().synchronize(device)
 
 
 def repeat(call: Thunk, calls: int, device: torch.device) -> Thunk:
@@ -42,21 +46,24 @@ def seconds(run: Thunk) -> float:
 
 
 def time_beside(
-    benchmark: Any, call: Thunk, baseline: Thunk, device: torch.device, calls: int = 0
-) -> dict[str, float]:
+    benchmark: Any, call: Thunk, baseline: Thunk, device: torch.device
+) -> dict[str, Any]:
     """Time `call` with pytest-benchmark, one call of `baseline` right before each round of it.
 
     Both see the same clock frequency, neighbors and cache pressure, so their ratio holds on a busy
-    machine too.
+    machine too. On a GPU device events time, with cold caches (`events.time_beside`).
 
     Returns:
         Medians in seconds a call, `ratio` = baseline / call, and its quartiles over the rounds.
     """
-    calls = calls or (GPU_CALLS if device.type == "cuda" else 1)
-    run, run_baseline = repeat(call, calls, device), repeat(baseline, calls, device)
+    if on_gpu(device):
+        timing: dict[str, Any] = {}
+        benchmark.pedantic(lambda: timing.update(events.time_beside(call, baseline, device)))
+        return timing
+    run, run_baseline = repeat(call, 1, device), repeat(baseline, 1, device)
     for _ in range(2):
         pair = seconds(run) + seconds(run_baseline)
-    rounds = max(ROUNDS[0], min(ROUNDS[1], int(SECONDS_PER_ENTRY[device.type] / max(pair, 1e-6))))
+    rounds = max(ROUNDS[0], min(ROUNDS[1], int(SECONDS_PER_ENTRY / max(pair, 1e-6))))
     before: list[float] = []
     after: list[float] = []
 
@@ -70,14 +77,21 @@ def time_beside(
     ratios = sorted(b / a for a, b in zip(after, before, strict=True))
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {
-        "seconds": statistics.median(after) / calls,
-        "baseline_seconds": statistics.median(before) / calls,
+        "seconds": statistics.median(after),
+        "baseline_seconds": statistics.median(before),
         "ratio": statistics.median(before) / statistics.median(after),
         "ratio_q1": quartiles[0],
         "ratio_q3": quartiles[2],
         "rounds": rounds,
-        "calls_per_round": calls,
+        "calls_per_round": 1,
     }
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected|| in the dtype of `expected`, on its device; NaN stays."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    difference = actual.detach().to(expected.dtype, copy=True).sub_(expected)
+    return float(difference.norm() / expected.norm())
 
 
 def saved_bytes(forward: Callable[[], Tensor]) -> int:
@@ -99,14 +113,14 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
 
 def peak_bytes(call: Thunk, device: torch.device) -> int | None:
     """Peak of device memory over what was allocated before, of one call; None on the CPU."""
-    if device.type != "cuda":
+    if not on_gpu(device):
         return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    synchronize(device)
+    cuda().reset_peak_memory_stats(device)
+    before = cuda().memory_allocated(device)
     call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    synchronize(device)
+    return int(cuda().max_memory_allocated(device) - before)
 
 
 def _best(call: Thunk, device: torch.device, rounds: int = 9, calls: int = 1) -> float:
@@ -116,24 +130,46 @@ def _best(call: Thunk, device: torch.device, rounds: int = 9, calls: int = 1) ->
 
 
 @functools.cache
-def gemm_rate(precision: str, device: torch.device) -> float:
+def _matmul_rate(dtype: torch.dtype, allow_tf32: bool, device: torch.device) -> float:
     """flop/s of this machine's own matrix product, best of nine; 1024^3, on a GPU 8192^3."""
-    n, calls = (8192, 5) if device.type == "cuda" else (1024, 1)
-    dtype = torch.bfloat16 if precision in ("bf16", "bf16x3") else torch.float32
+    n, calls = (8192, 5) if device.type == "cuda" else (128 if dry_run() else 1024, 1)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     setting = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
     try:
-        rate = 2.0 * n**3 / _best(lambda: a @ b, device, calls=calls)
+        return 2.0 * n**3 / _best(lambda: a @ b, device, calls=calls)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = setting
-    return rate / 3 if precision == "bf16x3" else rate
+
+
+def gemm_rate(precision: str, device: torch.device) -> float:
+    """flop/s at a precision: where it takes three tensor-core products, a third of their rate.
+
+    float32-accurate products have two ways on a GPU, FFMA and three tf32 products: the faster one.
+    """
+    if precision in ("bf16", "bf16_io"):
+        return _matmul_rate(torch.bfloat16, False, device)
+    if precision == "bf16x3":
+        return _matmul_rate(torch.bfloat16, False, device) / 3
+    if precision == "tf32":
+        return _matmul_rate(torch.float32, True, device)
+    plain = _matmul_rate(torch.float32, False, device)
+    return max(plain, gemm_rate("tf32", device) / 3) if on_gpu(device) else plain
 
 
 @functools.cache
 def copy_rate(device: torch.device) -> float:
     """bytes/s, read plus written, of copying 64 MiB (1 GiB on a GPU), the best of nine."""
     n = (1 << 30 if device.type == "cuda" else 1 << 26) // 4
-    source, target = torch.ones(n, device=device), torch.empty(n, device=device)
+    source, target = torch.rand(n, device=device), torch.empty(n, device=device)
     calls = 5 if device.type == "cuda" else 1
     return 8.0 * n / _best(lambda: target.copy_(source), device, calls=calls)
+
+
+def rates(device: torch.device) -> dict[str, Any]:
+    """The limits of this machine that the shares count against; measuring them warms the clocks."""
+    names = ("fp32", "bf16x3", "tf32", "bf16") if on_gpu(device) else ("fp32", "bf16")
+    return {
+        "copy_gbytes": copy_rate(device) / 1e9,
+        "gemm_gflops": {name: gemm_rate(name, device) / 1e9 for name in names},
+    }

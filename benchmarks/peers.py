@@ -7,7 +7,7 @@ B, C, L) write it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,14 @@ from dsno_kernels import backends
 Call = Callable[[Tensor, Tensor], Tensor]
 
 BASELINE = "eager"
-BACKENDS = ("cpu", "cuda", "triton", "reference")
-PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16x3", "tf32", "bf16")}
+BACKENDS = ("cpu", "triton", "cuda", "reference")
+# "bf16_io" is bf16 with x, y and their gradients in bfloat16 too; the others have them in float32.
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("tf32", "bf16_io", "fp32", "bf16x3", "bf16")}
+# The fused kernels serve short times on a GPU; the CUDA C++ path is measured beyond.
+CUDA_FROM = 16
+
+# When a peer is measured: the most important entries come first, so that a run cut short has them.
+EVERYWHERE, SOME, COMPILED = range(3)
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,15 @@ class Peer:
     name: str
     precisions: tuple[str, ...]
     make: Callable[[Shape, str, torch.device], Call]
+    when: int = SOME
+
+    def at(self, shape: Shape) -> bool:
+        """Whether it is measured at a shape."""
+        if self.name == "dsno_kernels[cuda]" and shape.T < CUDA_FROM:
+            return False
+        return self.when == EVERYWHERE or (
+            shape.all_peers and (self.when < COMPILED or shape.compiled)
+        )
 
 
 class Unavailable(Exception):
@@ -61,12 +76,31 @@ def _eager(shape: Shape, precision: str, device: torch.device) -> Call:
     return functools.partial(layer, modes=shape.modes)
 
 
-def _compiled(shape: Shape, precision: str, device: torch.device) -> Call:
-    if not shape.compiled:
-        raise Unavailable("compiling takes half a minute a shape; measured at some shapes only")
-    torch._dynamo.reset()
-    call: Call = torch.compile(_eager(shape, precision, device), dynamic=False)
-    return call
+def _compiled(make: Callable[[Shape, str, torch.device], Call]) -> Callable[..., Call]:
+    def make_compiled(shape: Shape, precision: str, device: torch.device) -> Call:
+        torch._dynamo.reset()
+        call: Call = torch.compile(make(shape, precision, device), dynamic=False)
+        return call
+
+    return make_compiled
+
+
+def fft_bmm(x: Tensor, weight: Tensor, modes: int) -> Tensor:
+    """cuFFT and cuBLAS with no copy of a spectrum between them: the layer, `(B, T, C, H, W)`."""
+    X = torch.fft.rfft(x, dim=1)[:, :modes].flatten(3)  # [B, K, I, P]
+    W = torch.view_as_complex(weight).permute(2, 1, 0)  # [K, O, I]
+    return torch.fft.irfft((W @ X).unflatten(3, x.shape[3:]), n=x.shape[1], dim=1)
+
+
+def fft_bmm_fno(x: Tensor, weight: Tensor, modes: int) -> Tensor:
+    """The same for `(B, C, L)`; irfft pads the spectrum."""
+    X = torch.fft.rfft(x)[:, :, :modes].permute(2, 0, 1)  # [K, B, I]
+    W = torch.view_as_complex(weight).permute(2, 0, 1)  # [K, I, O]
+    return torch.fft.irfft((X @ W).permute(1, 2, 0), n=x.shape[-1])
+
+
+def _fft_bmm(shape: Shape, precision: str, device: torch.device) -> Call:
+    return functools.partial(fft_bmm_fno if shape.time_dim == 2 else fft_bmm, modes=shape.modes)
 
 
 def dft_tables(T: int, modes: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -152,9 +186,16 @@ def _mix(real: Tensor, blocks: Tensor, z: Tensor) -> Tensor:
     return y
 
 
+def arithmetic(precision: str) -> tuple[str, torch.dtype, torch.dtype]:
+    """The `precision` of the ops, the dtype of the products' operands in PyTorch, that of x."""
+    if precision == "bf16_io":
+        return "bf16", torch.bfloat16, torch.bfloat16
+    return precision, torch.bfloat16 if precision == "bf16" else torch.float32, torch.float32
+
+
 def _real_gemm(shape: Shape, precision: str, device: torch.device) -> Call:
     F, G = dft_tables(shape.T, shape.modes, device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = arithmetic(precision)[1]
 
     def call(x: Tensor, weight: Tensor) -> Tensor:
         y: Tensor = RealGemm.apply(x, weight, F, G, dtype)
@@ -192,29 +233,51 @@ def _neuralop(shape: Shape, precision: str, device: torch.device) -> Call:
 
 def _ours(backend: str) -> Peer:
     def make(shape: Shape, precision: str, device: torch.device) -> Call:
+        name, _, dtype = arithmetic(precision)
         for op in ("spectral_conv", "spectral_conv_weight_grad"):
-            reason = backends.unsupported(
-                backend, backends.Request(op, device, torch.float32, precision)
-            )
+            request = backends.Request(op, device, dtype, name, shape.T, shape.modes)
+            reason = backends.unsupported(backend, request)
             if reason:
                 raise Unavailable(f"backend {backend}: {reason}")
         return functools.partial(
             dk.spectral_conv,
             time_dim=shape.time_dim,
             channel_dim=shape.channel_dim,
-            precision=precision,
+            precision=name,
             backend=backend,
         )
 
     # The reference computes in float32 whatever it is asked: one row is enough.
-    precisions = ("fp32",) if backend == "reference" else ("fp32", "bf16x3", "tf32", "bf16")
-    return Peer(f"dsno_kernels[{backend}]", precisions, make)
+    if backend == "reference":
+        return Peer("dsno_kernels[reference]", ("fp32",), make)
+    return Peer(f"dsno_kernels[{backend}]", PRECISIONS["cuda"], make, EVERYWHERE)
 
 
 PEERS = (
-    Peer(BASELINE, ("fp32",), _eager),
-    Peer("torch.compile(eager)", ("fp32",), _compiled),
-    Peer("real GEMMs in PyTorch", ("fp32", "bf16"), _real_gemm),
+    Peer(BASELINE, ("fp32", "tf32"), _eager, EVERYWHERE),
+    Peer("torch.compile(eager)", ("fp32",), _compiled(_eager), COMPILED),
+    Peer("torch.fft + bmm", ("fp32", "tf32"), _fft_bmm),
+    Peer("real GEMMs in PyTorch", ("fp32", "tf32", "bf16"), _real_gemm),
+    Peer("torch.compile(real GEMMs)", ("fp32", "tf32"), _compiled(_real_gemm), COMPILED),
     Peer("neuraloperator", ("fp32",), _neuralop),
     *(_ours(backend) for backend in BACKENDS),
 )
+
+
+def cases(kind: str, shapes: Iterable[Shape]) -> list[tuple[Shape, str, Peer]]:
+    """(shape, precision, peer) in the order of measuring, for a CPU ("cpu") or a GPU ("cuda").
+
+    Every peer of a shape stands right after the eager layer. On a GPU what matters most comes
+    first: this library at the shapes where every peer is measured, then at the others, then the
+    peers.
+    """
+    found = [
+        (shape, precision, peer)
+        for shape in shapes
+        for precision in PRECISIONS[kind]
+        for peer in PEERS
+        if precision in peer.precisions and peer.at(shape)
+    ]
+    if kind == "cuda":
+        found.sort(key=lambda case: (case[2].when, not case[0].all_peers))
+    return found

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from benchmarks import targets
+
 PASSES = ("forward", "forward_backward")
 
 
@@ -26,7 +28,9 @@ class Shape:
     channel_dim: int = 2
     # Speed-up over the eager layer that this library aims at, for each (precision, pass).
     targets: dict[tuple[str, str], float] = field(default_factory=dict, compare=False)
-    # Whether torch.compile of the eager layer is measured: it takes half a minute a shape.
+    # Whether every peer is measured, or the eager layer and this library only.
+    all_peers: bool = True
+    # Whether peers that torch.compile makes are among them: each takes half a minute.
     compiled: bool = True
 
     @property
@@ -58,7 +62,10 @@ class Shape:
         return forward * (1 if direction == "forward" else 3)
 
     def least_bytes(self, direction: str, itemsize: int = 4) -> float:
-        """Bytes that must move: backward reads x and dy once for both gradients."""
+        """Bytes that must move, x, y and their gradients in `itemsize` bytes an element.
+
+        Backward reads x and dy once for both gradients.
+        """
         x = self.elements * itemsize
         weight = self.real_coefficients * self.channels**2 * 4
         return 2.0 * x + weight if direction == "forward" else 5.0 * x + 3 * weight
@@ -108,44 +115,26 @@ CPU_SHAPES = (
 
 def _cifar(batch: int, side: int) -> Shape:
     title = f"CIFAR-10, B={batch}, {side} x {side}, C=256"
-    return Shape(
-        f"cifar_b{batch}_{side}",
-        title,
-        (batch, 4, 256, side, side),
-        2,
-        compiled=batch == 32 and side == 32,
-    )
+    return Shape(f"cifar_b{batch}_{side}", title, (batch, 4, 256, side, side), 2)
 
 
 def _imagenet(batch: int, side: int, channels: int) -> Shape:
     title = f"ImageNet-64, B={batch}, {side} x {side}, C={channels}"
-    return Shape(
-        f"imagenet_b{batch}_{side}", title, (batch, 4, channels, side, side), 2, compiled=False
-    )
+    return Shape(f"imagenet_b{batch}_{side}", title, (batch, 4, channels, side, side), 2)
 
 
 def _long(T: int, batch: int, side: int, channels: int, modes: int) -> Shape:
     title = f"T={T}, B={batch}, {side} x {side}, C={channels}, K={modes}"
     name = f"t{T}_{side}_c{channels}_k{modes}"
-    return Shape(
-        name, title, (batch, T, channels, side, side), modes, compiled=T == 16 and side == 32
-    )
+    return Shape(name, title, (batch, T, channels, side, side), modes)
 
 
 def _fno(modes: int) -> Shape:
     title = f"FNO-1d, B=64, L=1024, C=64, K={modes}"
-    return Shape(
-        f"fno_k{modes}",
-        title,
-        (64, 64, 1024),
-        modes,
-        time_dim=2,
-        channel_dim=1,
-        compiled=modes == 32,
-    )
+    return Shape(f"fno_k{modes}", title, (64, 64, 1024), modes, time_dim=2, channel_dim=1)
 
 
-GPU_SHAPES = (
+_GPU_SHAPES = (
     *(_cifar(batch, side) for batch in (32, 128) for side in (32, 16, 8)),
     *(
         _imagenet(batch, side, C)
@@ -158,6 +147,18 @@ GPU_SHAPES = (
     _long(64, 4, 16, 128, 16),
     _long(64, 4, 32, 128, 33),
     *(_fno(modes) for modes in (16, 32, 64)),
+)
+
+# On a GPU every peer is measured at one shape of each kind: a whole run has minutes.
+REPRESENTATIVE = ("cifar_b32_32", "imagenet_b32_32", "t16_32_c256_k8", "t64_32_c256_k16", "fno_k32")
+GPU_SHAPES = tuple(
+    replace(
+        shape,
+        all_peers=shape.name in REPRESENTATIVE,
+        compiled=shape.name in REPRESENTATIVE,
+        targets=targets.speedups(shape.name),
+    )
+    for shape in _GPU_SHAPES
 )
 
 SAVED_TARGET = (

@@ -4,6 +4,7 @@ from dsno_kernels import models, nn
 from dsno_kernels.backends import use_backend
 from dsno_kernels.functional import (
     explain,
+    group_norm_silu,
     spectral_conv,
     spectral_conv_weight_grad,
     truncated_irfft,
@@ -15,6 +16,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "explain",
+    "group_norm_silu",
     "models",
     "nn",
     "restore_layers",

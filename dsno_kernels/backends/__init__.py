@@ -100,6 +100,8 @@ def unsupported(name: str, request: Request) -> str | None:
         return f"it cannot be imported ({error})"
     except ImportError as error:
         return f"it cannot be imported ({error})"
+    if not hasattr(module, request.op):
+        return f"it does not have {request.op}"
     return module.unsupported(request)
 
 

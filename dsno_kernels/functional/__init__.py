@@ -13,12 +13,14 @@ import torch
 
 from dsno_kernels import backends
 from dsno_kernels import precision as precisions
+from dsno_kernels.functional.group_norm_silu import group_norm_silu
 from dsno_kernels.functional.spectral_conv import spectral_conv, spectral_conv_weight_grad
 from dsno_kernels.functional.truncated_fft import truncated_irfft, truncated_rfft
 
 __all__ = [
     "OPS",
     "explain",
+    "group_norm_silu",
     "spectral_conv",
     "spectral_conv_weight_grad",
     "truncated_irfft",
@@ -31,6 +33,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "spectral_conv_weight_grad": spectral_conv_weight_grad,
     "truncated_rfft": truncated_rfft,
     "truncated_irfft": truncated_irfft,
+    "group_norm_silu": group_norm_silu,
 }
 
 

@@ -19,7 +19,7 @@ help:
 	@echo "make test    linters, type check and the tests"
 	@echo "make bench   benchmarks on this machine, and the tables of README.md"
 	@echo "make fuzz    10,000 random cases against the reference"
-	@echo "make gpu     tests and benchmarks that need a GPU, with PY=$(PY)"
+	@echo "make gpu     build, tests and benchmarks that need a GPU, in 9 minutes; GPU_OPTIONS=--help lists its options"
 	@echo "make lint    linters and type check alone;  make format: rewrite the files in style"
 	@echo "make clean   remove builds and caches (the environment $(VENV) stays)"
 	@echo "Settings: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV)"
@@ -72,13 +72,11 @@ bench: setup
 fuzz: setup
 	OMP_NUM_THREADS=1 DSNO_KERNELS_FUZZ=10000 $(PY) -m pytest tests/test_properties.py
 
-# The interpreter behind PY is taken as it is: it has torch with CUDA, and this package installed.
+# Builds in this checkout and installs nothing. PY is a Python that has torch with CUDA; without it and without $(VENV) it
+# is $(PYTHON). COMMIT names the source where it has travelled without its history.
+gpu: PY := $(if $(shell command -v $(PY)),$(PY),$(PYTHON))
 gpu:
-	mkdir -p $(RESULTS)
-	$(PY) -m dsno_kernels info 2>&1 | tee $(RESULTS)/gpu-info.log
-	bash -o pipefail -c '$(PY) -m pytest -m gpu 2>&1 | tee $(RESULTS)/gpu-test.log'
-	bash -o pipefail -c '$(PY) -m pytest benchmarks --benchmark-only 2>&1 | tee $(RESULTS)/gpu-bench.log'
-	$(PY) benchmarks/report.py
+	$(PY) benchmarks/gpu.py --out $(RESULTS) $(if $(COMMIT),--commit $(COMMIT)) $(GPU_OPTIONS)
 
 clean:
 	rm -rf build dist *.egg-info dsno_kernels/_C.*.so $(VENV)/.extension

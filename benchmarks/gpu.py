@@ -1,0 +1,282 @@
+"""Build, test and measure on a CUDA machine in one command of a few minutes: `make gpu`.
+
+    python benchmarks/gpu.py [--minutes 9] [--out DIR] [--only STAGE ...] [--tune] [--dry-run]
+
+It needs this checkout, a Python with torch, triton, pybind11 and pytest, and nvcc; no network and
+no installation. The stages run one after the other, each in a process of its own that is stopped at
+its deadline, so that a stage that hangs costs its own time only. What each has found is on disk
+when it ends: `gpu.log` (everything the stages print), `gpu.jsonl` (each benchmark as it completes)
+and `<gpu>.json`, which `report.py` turns into README's tables. The exit code is 1 where the build,
+a test or a check of a benchmark failed.
+
+`--dry-run` runs every path of it on the CPU, with small shapes and a stand-in for `torch.cuda`; its
+times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the script runs from a checkout, installed or not
+
+from benchmarks import journal  # noqa: E402
+
+MINUTES = 9.0  # that the limits below are made for; another --minutes scales them
+TAIL = 12  # lines of a stage's output that are shown when it ends
+REFUSED = "Device not supported"  # compute-sanitizer, where the machine's runtime lacks it
+TABLES = ("targets_gpu", "spectral_conv_gpu", "peers_gpu", "overhead_gpu", "model_gpu")
+
+
+class Stage(NamedTuple):
+    """A command with the most seconds it may take, and those that earlier stages leave to it."""
+
+    name: str
+    command: list[str]
+    limit: float
+    reserve: float
+    needs: tuple[str, ...] = ()  # modules without which it does not run
+    skip: str = ""  # why it does not run here
+    environment: dict[str, str] = {}  # noqa: RUF012
+
+
+class Outcome(NamedTuple):
+    stage: str
+    state: str  # "passed", "failed", "stopped at its deadline" or "skipped: WHY"
+    seconds: float
+
+
+def capability() -> str | None:
+    """The compute capability of the first GPU as nvidia-smi says it, "9.0"."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.split()
+    return lines[0] if lines else None
+
+
+def sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+
+
+def stages(out: Path, tune: bool, dry_run: bool) -> list[Stage]:
+    python, device = sys.executable, "cpu" if dry_run else "cuda"
+    # The stand-in of standin.py on every machine: one path, and pytest-benchmark is not needed.
+    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
+    measure = [*pytest, "-q", "-rs", "--device", device, "--journal", str(out / "gpu.jsonl")]
+    build = [python, "setup.py", "-q", "build_ext", "--inplace"]
+    archs = {} if os.environ.get("TORCH_CUDA_ARCH_LIST") else {"TORCH_CUDA_ARCH_LIST": capability()}
+    once = [python, "tests/gpu_sanitizer.py", "--device", device]
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor has bounds of its own
+    interpreted = {"TRITON_INTERPRET": "1"} if dry_run else {}
+    tests = ["--continue-on-collection-errors"]
+    tests += [str(path.relative_to(ROOT)) for path in gpu_tests()]
+    workers = min(6, (os.cpu_count() or 1) // 2)
+    parallel = workers > 1 and not dry_run and importlib.util.find_spec("xdist")
+    if parallel:
+        tests += ["-n", str(workers)]
+    if dry_run:
+        build = [*build[:3], "--name"]
+    checks = []
+    for tool in ("memcheck", "racecheck"):
+        program = sanitizer() or "compute-sanitizer"
+        check = [program, "--tool", tool, "--error-exitcode", "86", *once]
+        skip = "" if sanitizer() else "compute-sanitizer is not on PATH"
+        skip = f"dry run: {shlex.join(check)}" if dry_run else skip
+        checks.append(Stage(tool, check, 75, 25, ("torch",), skip, uncached))
+    made = [
+        Stage("info", [python, "-m", "dsno_kernels", "info"], 60, 5, ("torch",)),
+        Stage(
+            "build",
+            build,
+            150,
+            60,
+            ("setuptools", "pybind11"),
+            environment={key: value for key, value in archs.items() if value},
+        ),
+        Stage(
+            "test",
+            [*pytest, "-m", "gpu", "-v", "--durations=8", "--maxfail=40", *tests],
+            200,
+            90,
+            ("pytest", "torch"),
+        ),
+        # Without the sanitizer first: whatever Triton compiles is then in its cache.
+        Stage("sanitize", once, 60, 15, ("torch",), environment=interpreted),
+        *checks,
+        Stage(
+            "compile",
+            [python, "benchmarks/compile_ahead.py", "--device", device],
+            90,
+            40,
+            ("pytest", "triton"),
+            environment=interpreted,
+        ),
+    ]
+    benchmarks = {
+        "bench_spectral_conv": (240, 120),
+        "bench_overhead": (30, 15),
+        "bench_model": (75, 35),
+        "bench_exp_step": (45, 20),
+    }
+    for name, (limit, reserve) in benchmarks.items():
+        path = ROOT / "benchmarks" / f"{name}.py"
+        missing = "" if path.exists() else f"benchmarks/{name}.py does not exist"
+        made.append(Stage(name, [*measure, str(path)], limit, reserve, ("pytest",), missing))
+    if tune:
+        command = [python, "benchmarks/tune.py", "--budget", "60"]
+        command += ["--dry-run", "--arch", "90"] if dry_run else []
+        made.append(Stage("tune", command, 120, 60, ("triton",)))
+    made.append(Stage("report", report(out), 30, 10))
+    return made
+
+
+def gpu_tests() -> list[Path]:
+    """Test files that ask for a GPU; others may import what this machine does not have."""
+    return [
+        path
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if path.name.startswith("test_gpu") or "mark.gpu" in path.read_text()
+    ]
+
+
+def report(out: Path) -> list[str]:
+    """README's tables from benchmarks/results; from another folder, tables of their own."""
+    command = [sys.executable, "benchmarks/report.py", "--results", str(out)]
+    if out == ROOT / "benchmarks" / "results":
+        return command
+    tables = out / "gpu_tables.md"
+    marks = "benchmark:begin", "benchmark:end"
+    blocks = [[f"<!-- {mark} {name} -->" for mark in marks] for name in TABLES]
+    tables.write_text("\n\n".join("\n".join(block) for block in blocks) + "\n")
+    return [*command, "--readme", str(tables)]
+
+
+def run(stage: Stage, seconds: float, log: Path, environment: dict[str, str]) -> Outcome:
+    """Run a stage for at most `seconds`, its output into the log; show the end of it."""
+    missing = [name for name in stage.needs if importlib.util.find_spec(name) is None]
+    skip = stage.skip or (f"{', '.join(missing)} not installed" if missing else "")
+    skip = skip or ("no time is left" if seconds < 1 else "")
+    start = time.monotonic()
+    with log.open("ab") as file:
+        title = f"\n==== {stage.name}: {shlex.join(stage.command)}\n"
+        file.write(title.encode())
+        file.flush()
+        begin = file.tell()
+        if skip:
+            file.write(f"skipped: {skip}\n".encode())
+            return Outcome(stage.name, f"skipped: {skip}", 0.0)
+        process = subprocess.Popen(
+            stage.command,
+            cwd=ROOT,
+            env=environment | stage.environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:  # also what it started, and also when this script is interrupted
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    print("\n".join(text.splitlines()[-TAIL:]), flush=True)
+    state = "passed" if code == 0 else "failed"
+    if code is None:
+        state = f"stopped at its deadline of {seconds:.0f} s"
+    elif code and REFUSED in text:
+        state = f"skipped: compute-sanitizer says {REFUSED!r}"
+    return Outcome(stage.name, state, time.monotonic() - start)
+
+
+def deadline(stage: Stage, later: list[Stage], left: float, scale: float) -> float:
+    """Its limit, or less where the stages after it would lose their reserve."""
+    return max(
+        min(stage.reserve * scale, left),
+        min(stage.limit * scale, left - scale * sum(after.reserve for after in later)),
+    )
+
+
+def fails(outcome: Outcome) -> bool:
+    """A stopped benchmark has kept what it measured; a stopped test has shown nothing."""
+    if outcome.state.startswith("stopped"):
+        return not outcome.stage.startswith(("bench", "compile", "tune"))
+    skipped_for_good = outcome.stage in ("info", "build", "test") and "not installed" in (
+        outcome.state
+    )
+    return outcome.state == "failed" or skipped_for_good
+
+
+def sees_a_gpu() -> bool:
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--only", action="append", metavar="STAGE", help="may be given repeatedly")
+    parser.add_argument("--tune", action="store_true", help="also tune launch parameters, briefly")
+    parser.add_argument("--commit", help="to write into the results, where there is no git here")
+    parser.add_argument("--dry-run", action="store_true", help="every path, on the CPU")
+    options = parser.parse_args(argv)
+    out = options.out.resolve()
+    if options.dry_run and out == ROOT / "benchmarks" / "results":
+        parser.error("--dry-run needs --out: its numbers do not belong into benchmarks/results")
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = stages(out, options.tune, options.dry_run)
+    names = [stage.name for stage in chosen]
+    unknown = [name for name in options.only or [] if name not in names]
+    if unknown:
+        parser.error(f"unknown stage {unknown[0]!r}; accepted: {', '.join(names)}")
+    if not options.dry_run and not sees_a_gpu():
+        print("gpu: PyTorch sees no CUDA device here; --dry-run --out DIR runs on the CPU")
+        return 2
+    if options.only:
+        chosen = [stage for stage in chosen if stage.name in options.only]
+    else:
+        for name in ("gpu.jsonl", "gpu.log"):
+            (out / name).unlink(missing_ok=True)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if options.commit:
+        os.environ["DSNO_KERNELS_COMMIT"] = options.commit
+    if options.dry_run:
+        environment["DSNO_KERNELS_DRY_RUN"] = "1"
+
+    end, scale = time.monotonic() + 60 * options.minutes, options.minutes / MINUTES
+    outcomes = []
+    for i, stage in enumerate(chosen):
+        seconds = deadline(stage, chosen[i + 1 :], end - time.monotonic(), scale)
+        print(f"==== {stage.name}, at most {seconds:.0f} s", flush=True)
+        outcomes.append(run(stage, seconds, out / "gpu.log", environment))
+        results = journal.write_results(out / "gpu.jsonl", out)
+    print("\n==== summary")
+    for outcome in outcomes:
+        print(f"{outcome.stage:<20} {outcome.seconds:6.1f} s  {outcome.state}")
+    print(f"results: {results or 'none'}; everything printed: {out / 'gpu.log'}")
+    return int(any(fails(outcome) for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Fused kernels for the Fourier temporal convolution of DSNO, as PyTorch functions and modules."""
 
-from dsno_kernels import models, nn
+from dsno_kernels import diffusion, models, nn
 from dsno_kernels.backends import use_backend
 from dsno_kernels.functional import (
     explain,
@@ -15,6 +15,7 @@ from dsno_kernels.swap import restore_layers, swap_layers, swapped
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "diffusion",
     "explain",
     "group_norm_silu",
     "models",

@@ -1,0 +1,27 @@
+"""Diffusion samplers: noising processes, time grids, and solver plans (tables of coefficients)."""
+
+from dsno_kernels.diffusion.grids import time_grid
+from dsno_kernels.diffusion.plan import SolverPlan
+from dsno_kernels.diffusion.processes import (
+    EDM,
+    VE,
+    DiscreteVP,
+    FlowMatching,
+    Process,
+    VPCosine,
+    VPLinear,
+)
+from dsno_kernels.diffusion.solvers import solvers
+
+__all__ = [
+    "EDM",
+    "VE",
+    "DiscreteVP",
+    "FlowMatching",
+    "Process",
+    "SolverPlan",
+    "VPCosine",
+    "VPLinear",
+    "solvers",
+    "time_grid",
+]

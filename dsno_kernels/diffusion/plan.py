@@ -1,0 +1,440 @@
+r"""SolverPlan: a sampler as one table of coefficients, one row a model evaluation.
+
+The state is `base`, what the solver integrates, and `point`, where the model is evaluated. At row i
+the model is called at ``c_in * point`` and time ``model_times[i]`` and gives m. Then
+
+.. math::
+    h_0 &= A\, point + B\, m \\
+    base' &= a_b\, base + \sum_j c_b[j]\, h_j + s \cdot noise \\
+    point' &= a_p\, base' + \sum_j c_p[j]\, h_j
+
+where h_1, h_2, .. are the entries of earlier rows, newest first. Plain multistep solvers have
+a_p = 1, c_p = 0: point is base. Stages of Runge-Kutta methods leave base alone and move point;
+UniPC corrects base and looks ahead to the next point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsno_kernels.diffusion.grids import check_range, check_times, stacked
+from dsno_kernels.diffusion.predictions import HISTORIES, PREDICTIONS, conversion, input_scale
+from dsno_kernels.diffusion.processes import Process
+from dsno_kernels.diffusion.solvers import Solver, find
+from dsno_kernels.diffusion.solvers._problem import END_POLICIES, Churn, Points, Problem, Rows
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The arguments of `SolverPlan.build` that are not times: hashable, for the cache."""
+
+    process: Any
+    solver: Solver
+    history: str
+    end: str
+    prediction: str
+    eta: float | None
+    churn: Churn
+    backwards: bool = False
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SolverPlan:
+    """The table of a sampler; make it with `SolverPlan.build`.
+
+    Attributes:
+        table: float64, ``(evaluations, columns)``, on the CPU; differentiable in the grid if the
+            grid requires gradients. Do not change it in place: plans are shared.
+        columns: slices of the table by name: A, B, a_b, c_b, s, a_p, c_p, c_in, in this order.
+            Row i's c_in scales the input of evaluation i + 1.
+        grid: the N + 1 times.
+        model_times: the time of each evaluation, ``(evaluations,)``.
+        times: the time of base after each row, ``(evaluations,)``.
+        initial: ``(2,)``: base starts as initial[0] * x + initial[1] * noise.
+        initial_c_in: 0-d; scales the input of the first evaluation.
+        history_length: K, the number of history entries that a row may use.
+    """
+
+    grid: Tensor
+    table: Tensor
+    model_times: Tensor
+    times: Tensor
+    initial: Tensor
+    initial_c_in: Tensor
+    history_length: int
+    columns: Mapping[str, slice]
+    _settings: _Settings = field(repr=False)
+    _seeds: Tensor = field(repr=False)
+    _given_model_times: bool = field(repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        process: Any,
+        grid: Tensor | Sequence[float],
+        solver: str = "tab3",
+        order: int | None = None,
+        history: str | None = None,
+        start: str | Tensor | Sequence[float] = "warm_up",
+        end: str = "full",
+        denoiser_times: Tensor | Sequence[float] | None = None,
+        prediction: str = "eps",
+        eta: float | None = None,
+        S_churn: float = 0.0,
+        S_min: float = 0.0,
+        S_max: float = torch.inf,
+        S_noise: float = 1.0,
+    ) -> SolverPlan:
+        """The plan of a solver on a grid.
+
+        Args:
+            process: has alpha, sigma, log_snr and inverse; preconditioning too for "edm".
+            grid: N + 1 decreasing times, from `time_grid` or your own. A tensor that requires
+                gradients makes a differentiable table; no gradient flows to an end where sigma
+                or alpha is 0.
+            solver: a name of `dk.diffusion.solvers()`.
+            order: the number in the solver's name, where the name leaves it out. With fewer
+                history entries than that (the first steps, or N < order) the order is lower.
+            history: what the solver combines, "eps", "x0" or "flow"; the solver's own by default.
+            start: "warm_up" begins with order 1 and takes one more entry each step. Or the times
+                of history entries that you have, newest first: before grid[0], decreasing from
+                there outwards; the sampler then takes those entries.
+            end: "full", "lower_order_final" (order at most the number of steps left) or
+                "euler_at_final" (last step of order 1).
+            denoiser_times: times of the model calls, one an evaluation, instead of the solver's
+                (LD3, arXiv 2405.15506): the network and its conversion to the history type use
+                these, the coefficients the grid.
+            prediction: what the model returns: "eps", "x0", "v", "flow", "score" or "edm".
+            eta: amount of noise of "ddim" (0 by default) and "sde_*" (1).
+            S_churn, S_min, S_max, S_noise: noise before each step of "euler" and "heun" (EDM,
+                algorithm 2), in units of rho = sigma / alpha.
+
+        Returns:
+            The plan; the same object for equal arguments, when neither times nor process need
+            gradients.
+
+        Raises:
+            TypeError: arguments of a wrong type. ValueError: times that are not finite, strictly
+            decreasing and inside the process (names the index); unknown names (lists the known
+            ones); a solver that does not work on this history; coefficients that do not exist,
+            such as those of eps history where alpha = 0.
+
+        Example:
+            >>> process = dk.diffusion.VPLinear()
+            >>> plan = dk.diffusion.SolverPlan.build(process, dk.diffusion.time_grid(process, 10))
+            >>> plan.evaluations, plan.history_length
+            (10, 4)
+        """
+        for name in ("alpha", "sigma", "log_snr", "inverse"):
+            if not callable(getattr(process, name, None)):
+                raise TypeError(f"process must have a method {name}, got {process!r}")
+        times = check_times(process, grid)
+        seeds, calls = times.new_empty(0), None
+        if not isinstance(start, str):
+            seeds = _check_seeds(times, start)
+        elif start != "warm_up":
+            raise ValueError(f"start must be 'warm_up' or times before grid[0], got {start!r}")
+        if denoiser_times is not None:
+            calls = stacked("denoiser_times", denoiser_times)
+            check_range(process, calls, "denoiser_times")
+        found = find(solver, order)
+        churn = Churn(float(S_churn), float(S_min), float(S_max), float(S_noise))
+        _check_choices(found, process, history, end, prediction, eta, churn)
+        settings = _Settings(
+            process=process,
+            solver=found,
+            history=history or found.histories[0],
+            end=end,
+            prediction=prediction,
+            eta=None if eta is None else float(eta),
+            churn=churn,
+        )
+        return _built(settings, times, seeds, calls)
+
+    @property
+    def evaluations(self) -> int:
+        """NFE: the number of rows."""
+        return len(self.table)
+
+    @property
+    def solver(self) -> str:
+        return self._settings.solver.name
+
+    @property
+    def process(self) -> Any:
+        return self._settings.process
+
+    @property
+    def history(self) -> str:
+        return self._settings.history
+
+    @property
+    def prediction(self) -> str:
+        return self._settings.prediction
+
+    def column(self, name: str) -> Tensor:
+        """One column ``(R,)``, or the ``(R, K)`` of c_b and c_p."""
+        if name not in self.columns:
+            raise ValueError(f"unknown column {name!r}; known are {', '.join(self.columns)}")
+        values = self.table[:, self.columns[name]]
+        return values if name in ("c_b", "c_p") else values[:, 0]
+
+    @cached_property
+    def looks_ahead(self) -> Tensor:
+        """Whether point' differs from base', ``(R,)`` bool."""
+        moved = (self.column("c_p").detach() != 0).any(1)
+        return moved | (self.column("a_p").detach() != 1)
+
+    @cached_property
+    def advances(self) -> Tensor:
+        """Whether the row changes base, ``(R,)`` bool: not the stages of Runge-Kutta methods."""
+        same = (self.column("c_b").detach() == 0).all(1) & (self.column("a_b").detach() == 1)
+        return ~same | (self.column("s").detach() != 0)
+
+    def stochastic(self) -> bool:
+        """Whether noise is added anywhere."""
+        return bool((self.column("s").detach() != 0).any()) or float(self.initial[1]) != 0
+
+    def reversed(self) -> SolverPlan:
+        """The same solver from data to noise: the grid backwards.
+
+        Raises:
+            ValueError: the plan adds noise, has its own denoiser times or a seeded history.
+        """
+        if self.stochastic() or self._given_model_times or len(self._seeds):
+            raise ValueError(
+                "only a plan without noise, denoiser_times and seeded history can be reversed"
+            )
+        settings = {**vars(self._settings), "backwards": not self._settings.backwards}
+        return _built(_Settings(**settings), self.grid.flip(0), self._seeds, None)
+
+    def replay(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        history: Sequence[Tensor] = (),
+        noise: Noise | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Sample with the table in plain PyTorch: what every other implementation must equal.
+
+        Args:
+            denoiser: ``denoiser(input, t)`` with a 0-d float64 t; returns what `prediction` says.
+            x: the sample at ``grid[0]``, any shape and float dtype.
+            history: entries before the first evaluation, newest first, as many as `start` had.
+            noise: gives the noise of row i, and that of `initial` for i = -1; by default drawn
+                from `generator`.
+
+        Returns:
+            The sample at ``grid[-1]``.
+        """
+        if len(history) != len(self._seeds):
+            raise ValueError(
+                f"the plan starts from {len(self._seeds)} history entries, got {len(history)}"
+            )
+
+        def draw(row: int) -> Tensor:
+            if noise is not None:
+                return noise(row)
+            return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+        entries = list(history)
+        scale, s = self.initial.unbind()
+        base = scale * x if float(s) == 0 else scale * x + s * draw(-1)
+        point, c_in = base, self.initial_c_in
+        stochastic = (self.column("s").detach() != 0).tolist()
+        for i in range(self.evaluations):
+            row = {name: self.table[i, columns] for name, columns in self.columns.items()}
+            m = denoiser(c_in * point, self.model_times[i])
+            entries = [row["A"][0] * point + row["B"][0] * m, *entries][: self.history_length]
+            base = row["a_b"][0] * base + _combined(row["c_b"], entries)
+            if stochastic[i]:
+                base = base + row["s"][0] * draw(i)
+            point = row["a_p"][0] * base + _combined(row["c_p"], entries)
+            c_in = row["c_in"][0]
+        return base
+
+    def __repr__(self) -> str:
+        return (
+            f"SolverPlan({self.solver}, steps={len(self.grid) - 1}, evaluations={self.evaluations},"
+            f" history={self.history}, prediction={self.prediction}, process={self.process!r})"
+        )
+
+    def __str__(self) -> str:
+        names = ["row", "model time", "time after"]
+        values = [self.model_times.tolist(), self.times.tolist()]
+        idle = {"A": 0.0, "B": 1.0, "s": 0.0, "a_p": 1.0, "c_p": 0.0, "c_in": 1.0}
+        for name in self.columns:
+            block = self.table.detach()[:, self.columns[name]]
+            if name in idle and bool((block == idle[name]).all()):
+                continue  # a column that does nothing
+            for j in range(block.shape[1]):
+                names.append(f"{name}[{j}]" if name in ("c_b", "c_p") else name)
+                values.append(block[:, j].tolist())
+        cells = [
+            [str(i), *(f"{column[i]:.6g}" for column in values)] for i in range(len(self.table))
+        ]
+        widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+            for line in [names, *cells]
+        ]
+        return "\n".join([repr(self), *lines])
+
+
+def _combined(c: Tensor, entries: Sequence[Tensor]) -> Tensor | float:
+    """The sum of c_j h_j; a zero coefficient reads nothing."""
+    terms = [c[j] * h for j, h in enumerate(entries) if float(c[j].detach()) != 0]
+    return sum(terms[1:], terms[0]) if terms else 0.0
+
+
+def _check_seeds(grid: Tensor, start: object) -> Tensor:
+    seeds = stacked("start", start)
+    if seeds.ndim != 1:
+        raise ValueError(f"start must hold times, shape (m,), got {tuple(seeds.shape)}")
+    chain = [float(grid[0].detach()), *seeds.detach().tolist()]
+    for i in range(1, len(chain)):
+        if not chain[i] > chain[i - 1]:
+            raise ValueError(
+                f"start must hold ever earlier times before grid[0] = {chain[0]}, newest first: "
+                f"start[{i - 1}] = {chain[i]}"
+            )
+    return seeds
+
+
+def _check_choices(
+    solver: Solver,
+    process: Any,
+    history: str | None,
+    end: str,
+    prediction: str,
+    eta: float | None,
+    churn: Churn,
+) -> None:
+    if history is not None and history not in HISTORIES:
+        raise ValueError(f"unknown history {history!r}; known are {', '.join(HISTORIES)}")
+    if history is not None and history not in solver.histories:
+        raise ValueError(
+            f"solver {solver.name!r} works on {' or '.join(solver.histories)} history, not on "
+            f"{history!r}"
+        )
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"unknown prediction {prediction!r}; known are {', '.join(PREDICTIONS)}")
+    if prediction == "edm" and not callable(getattr(process, "preconditioning", None)):
+        raise ValueError(f"prediction 'edm' needs a process with preconditioning, got {process!r}")
+    if end not in END_POLICIES:
+        raise ValueError(f"unknown end {end!r}; known are {', '.join(END_POLICIES)}")
+    if eta is not None and solver.noise is None:
+        raise ValueError(f"solver {solver.name!r} takes no eta")
+    if eta is not None and not (eta >= 0 and (solver.name != "ddim" or eta <= 1)):
+        raise ValueError(f"eta must be at least 0, and at most 1 for ddim, got {eta}")
+    if not (churn.S_churn >= 0 and churn.S_noise >= 0):
+        raise ValueError(
+            f"S_churn and S_noise must be at least 0, got {churn.S_churn} and {churn.S_noise}"
+        )
+    if churn.S_churn > 0 and not solver.churn:
+        raise ValueError(f"solver {solver.name!r} takes no churn; 'euler' and 'heun' do")
+
+
+def _built(
+    settings: _Settings, grid: Tensor, seeds: Tensor, model_times: Tensor | None
+) -> SolverPlan:
+    given = [grid, seeds] if model_times is None else [grid, seeds, model_times]
+    plain = isinstance(settings.process, Process) and settings.process.plain()
+    if not plain or any(times.requires_grad for times in given):
+        return _computed(settings, grid, seeds, model_times)
+    return _cached(settings, *(tuple(times.tolist()) for times in given))
+
+
+@lru_cache(maxsize=64)
+def _cached(settings: _Settings, *given: tuple[float, ...]) -> SolverPlan:
+    grid, seeds, *calls = (torch.tensor(times, dtype=torch.float64) for times in given)
+    return _computed(settings, grid, seeds, calls[0] if calls else None)
+
+
+def _computed(
+    settings: _Settings, grid: Tensor, seeds: Tensor, model_times: Tensor | None
+) -> SolverPlan:
+    process = settings.process
+    problem = Problem(
+        process=process,
+        points=Points.at(process, grid),
+        seeds=Points.at(process, seeds),
+        history=settings.history,
+        end=settings.end,
+        eta=settings.eta,
+        churn=settings.churn,
+    )
+    if settings.history == "flow":
+        _check_flow(problem)
+    rows = settings.solver.make(problem)
+    calls = rows.model_times if model_times is None else model_times
+    if calls.shape != rows.model_times.shape:
+        raise ValueError(
+            f"denoiser_times must hold one time an evaluation, shape "
+            f"{tuple(rows.model_times.shape)}, got {tuple(calls.shape)}"
+        )
+    A, B = conversion(settings.prediction, settings.history, process, calls)
+    c_in = input_scale(settings.prediction, process, calls)
+    after = torch.cat([c_in[1:], torch.ones_like(c_in[:1])])
+    parts = {"A": A, "B": B, "a_b": rows.a_b, "c_b": rows.c_b, "s": rows.s}
+    parts |= {"a_p": rows.a_p, "c_p": rows.c_p, "c_in": after}
+    blocks = [block if block.ndim == 2 else block[:, None] for block in parts.values()]
+    columns, first = {}, 0
+    for name, block in zip(parts, blocks, strict=True):
+        columns[name] = slice(first, first + block.shape[1])
+        first += block.shape[1]
+    table = torch.cat(blocks, 1)
+    _check_finite(settings, table, columns, rows, calls)
+    return SolverPlan(
+        grid=grid,
+        table=table,
+        model_times=calls,
+        times=rows.times,
+        initial=rows.initial,
+        initial_c_in=c_in[0],
+        history_length=rows.c_b.shape[1],
+        columns=MappingProxyType(columns),
+        _settings=settings,
+        _seeds=seeds,
+        _given_model_times=model_times is not None,
+    )
+
+
+def _check_flow(problem: Problem) -> None:
+    total = (problem.points.alpha + problem.points.sigma).detach()
+    if not bool(((total - 1).abs() < 1e-12).all()):
+        raise ValueError(
+            f"flow history needs alpha + sigma = 1, which {problem.process!r} does not have; "
+            "use prediction='flow' with another history"
+        )
+
+
+def _check_finite(
+    settings: _Settings, table: Tensor, columns: Mapping[str, slice], rows: Rows, calls: Tensor
+) -> None:
+    bad = (~torch.isfinite(table.detach())).nonzero()
+    if len(bad) == 0:
+        return
+    row, column = bad[0].tolist()
+    name = next(name for name, where in columns.items() if where.start <= column < where.stop)
+    t = float(calls[row].detach())
+    alpha, sigma = (
+        float(of(calls[row].detach())) for of in (settings.process.alpha, settings.process.sigma)
+    )
+    raise ValueError(
+        f"{name} of row {row} is not finite: solver {settings.solver.name!r} on "
+        f"{settings.history} history from {settings.prediction} predictions at t = {t}, where "
+        f"alpha = {alpha:.3g} and sigma = {sigma:.3g}; use another history or move that "
+        "time inwards"
+    )

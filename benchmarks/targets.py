@@ -19,8 +19,12 @@ METRICS = {
 
 
 class Target(NamedTuple):
-    """A bound on one number of one entry; `where` says which entry."""
+    """A bound on one number of one entry.
 
+    `title` is the name of a shape or a few words, `where` says which entry it is.
+    """
+
+    title: str
     where: dict[str, Any]
     metric: str
     bound: float
@@ -32,6 +36,7 @@ class Target(NamedTuple):
 def _conv(shapes: tuple[str, ...], precision: str, direction: str, **bounds: float) -> list[Target]:
     return [
         Target(
+            shape,
             {
                 "op": "spectral_conv",
                 "shape": shape,
@@ -55,6 +60,15 @@ TARGETS = (
     *_conv(LONG, "tf32", "forward", share_of_limit=0.50, ratio=6),
     *_conv(("fno_k32",), "fp32", "forward", ratio=3),
 )
+
+
+def text(metric: str, value: float) -> str:
+    """A number in the unit of its metric."""
+    if metric == "share_of_limit":
+        return f"{value:.0%}"
+    if metric == "seconds":
+        return f"{value * 1e3:.2f} ms"
+    return f"{value:.3g}" + "x" * (metric == "ratio")
 
 
 def speedups(shape: str) -> dict[tuple[str, str], float]:

@@ -1,0 +1,531 @@
+"""Launch tables as data, the model that ranks their candidates, and benchmarks/tune.py, on the CPU.
+
+Compiler, clock and GPU are played by fakes; the results of candidates are computed and compared.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import journal, tune, tuning, tuning_clock, tuning_model
+from benchmarks.shapes import find
+from benchmarks.tuning import Rejected, Spills, TableFile, choose
+from benchmarks.tuning_clock import Stopwatch
+from benchmarks.tuning_model import GPUS, Usage, Work
+from dsno_kernels.backends import reference
+from dsno_kernels.backends.triton import configs, launch
+from dsno_kernels.backends.triton.configs import TABLES, Config, RowKey
+from tests.triton_aot import Launch, Report
+
+H200 = GPUS[9, 0]
+ROW: RowKey = ("spectral_conv", "tf32", "3")
+FITS = Usage(128, 1024, True)
+CONFIGS = [Config((16 << i, 16, 16), 4, 2) for i in range(4)]
+
+
+def table_data(name: str = "sm_90.json") -> Any:
+    return json.loads((TABLES / name).read_text())
+
+
+# Tables
+
+
+def test_every_table_loads_and_is_in_the_form_that_the_tuner_writes() -> None:
+    assert {(8, 0), (8, 6), (9, 0)} <= set(configs.ARCHITECTURES)
+    assert len(configs.ARCHITECTURES) == len(list(TABLES.glob("*.json")))
+    for capability, table in configs.ARCHITECTURES.items():
+        assert table.rows and table.programs > 0
+        path = configs.table_path(capability)
+        assert TableFile.open(TABLES, capability, H200).text() == path.read_text()
+
+
+def test_an_unknown_gpu_has_no_table_of_its_own() -> None:
+    assert (7, 5) not in configs.ARCHITECTURES
+    assert configs.ARCHITECTURES.get((8, 9), configs.SAFE) is configs.SAFE
+
+
+def _first(field: str, value: Any) -> Callable[[Any], None]:
+    return lambda data: data["rows"][0].update({field: value})
+
+
+def _without(kernel: str, kind: str) -> Callable[[Any], None]:
+    def change(data: Any) -> None:
+        wanted = (kernel, "tf32", kind)
+        data["rows"] = [
+            row for row in data["rows"] if (row["kernel"], row["method"], row["class"]) != wanted
+        ]
+
+    return change
+
+
+BROKEN: dict[str, tuple[Callable[[Any], None], str]] = {
+    "unknown field": (lambda data: data.update(extra=1), "sm_90.json: fields are"),
+    "missing field": (lambda data: data.pop("programs"), "sm_90.json: fields are"),
+    "rows of a wrong type": (lambda data: data.update(rows={}), "rows is {}; expected list"),
+    "another name": (lambda data: data.update(architecture="sm_80"), "holds the table of sm_80"),
+    "no programs": (lambda data: data.update(programs=0), "programs is 0; give a positive"),
+    "fp32 method": (lambda data: data.update(fp32_method="fp8"), "fp32_method is 'fp8'"),
+    "row of a wrong type": (lambda data: data["rows"].append(3), r"row \d+: expected an object"),
+    "row without a field": (lambda data: data["rows"][1].pop("tile"), "row 2: fields are"),
+    "unknown kernel": (_first("kernel", "conv"), "row 1: kernel is 'conv'"),
+    "unknown method": (_first("method", "fp8"), "row 1: method is 'fp8'"),
+    "unknown class": (_first("class", "5"), "row 1: class is '5'"),
+    "two tile sizes": (_first("tile", [16, 16]), r"row 1: tile is \[16, 16\]; give three powers"),
+    "no power of two": (_first("tile", [48, 16, 16]), "row 1: tile is .* three powers"),
+    "a tile too small": (_first("tile", [8, 16, 16]), "row 1: tile is .* from 16 to 1024"),
+    "a size that is no integer": (_first("tile", [16, 16.0, 16]), "row 1: tile is"),
+    "warps": (_first("warps", 3), "row 1: warps is 3; give a power of two"),
+    "a truth value": (_first("warps", True), "row 1: warps is True; expected int"),
+    "stages": (_first("stages", 0), "row 1: stages is 0; give 1 to 8"),
+    "source": (_first("source", "guessed"), "row 1: source is 'guessed'"),
+    "twice": (lambda data: data["rows"].append(data["rows"][0]), r"row \d+: .* stands twice"),
+    "no narrow row": (_without("spectral_conv", "3 narrow"), "no row for .* tf32 3 narrow: add"),
+    "no planar row": (_without("spectral_conv_mix", ""), "no row for spectral_conv_mix tf32: add"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_table_names_file_row_and_fault(
+    change: Callable[[Any], None], message: str, tmp_path: Path
+) -> None:
+    data = table_data()
+    change(data)
+    path = tmp_path / "sm_90.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=message) as error:
+        configs.load(path)
+    assert str(error.value).startswith("sm_90.json") and "\n" not in str(error.value)
+
+
+def test_half_a_table_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "sm_90.json").write_text((TABLES / "sm_90.json").read_text()[:500])
+    with pytest.raises(ValueError, match=r"sm_90\.json is not JSON: "):
+        configs.load(tmp_path / "sm_90.json")
+
+
+# Model
+
+WORK = Work(
+    programs=600, steps=8, load=3e4, flop=2e6, operations=1e4, store=6e4, dram=1e8, kept=1, loaded=1
+)
+
+
+@pytest.mark.parametrize("field", ["programs", "steps", "load", "flop", "operations", "store"])
+@pytest.mark.parametrize("dram", [0.0, 1e8, 1e10], ids="dram={:.0e}".format)
+def test_more_work_never_takes_less_time(field: str, dram: float) -> None:
+    times = []
+    for factor in (1, 2, 10, 1e6):
+        work = WORK._replace(dram=dram, **{field: int(getattr(WORK, field) * factor)})
+        times.append(tuning_model.seconds(work, H200, "tf32", 3, 2))
+    assert times == sorted(times) and times[0] >= dram / H200.dram
+    assert times[-1] > times[0]
+
+
+@pytest.mark.parametrize("method", configs.METHODS)
+def test_a_better_gpu_and_more_programs_at_once_never_take_more_time(method: str) -> None:
+    time = tuning_model.seconds(WORK, H200, method, 3, 2)
+    for faster in (
+        H200._replace(dram=2 * H200.dram),
+        H200._replace(l2=2 * H200.l2),
+        H200._replace(rates={name: 2 * rate for name, rate in H200.rates.items()}),
+    ):
+        assert tuning_model.seconds(WORK, faster, method, 3, 2) <= time
+    by_stages = [tuning_model.seconds(WORK, H200, method, stages, 1) for stages in (1, 2, 3, 4)]
+    by_residents = [tuning_model.seconds(WORK, H200, method, 3, count) for count in (1, 2, 3, 4)]
+    assert by_stages == sorted(by_stages, reverse=True)
+    assert by_residents == sorted(by_residents, reverse=True)
+
+
+def test_the_work_of_the_fused_kernel_is_that_of_the_roofline() -> None:
+    """T=4, K=2: 4 slices of x and 3 planes of W a step, 5 products; DRAM's limit is 62.6 us."""
+    shape = find("cifar_b32_32")
+    assert shape is not None
+    work = tuning_model.work_of(ROW, (64, 32, 128), shape, H200.multiprocessors)
+    assert work.load == 32 * 4 * (4 * 64 + 3 * 128)
+    assert work.flop == 10 * 64 * 32 * 128
+    assert work.programs * work.steps * work.flop == shape.flop("forward")
+    assert work.dram / H200.dram == pytest.approx(62.6e-6, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("warps", "registers", "shared", "expected"),
+    [(8, 255, 0, 1), (8, 128, 0, 2), (4, 128, 100_000, 2), (16, 64, 0, 2), (4, 168, 0, 3)],
+)
+def test_occupancy(warps: int, registers: int, shared: int, expected: int) -> None:
+    assert tuning_model.occupancy(H200, warps, registers, shared) == expected
+
+
+@pytest.mark.parametrize("capability", sorted(GPUS), ids="sm_{0[0]}{0[1]}".format)
+def test_candidates_stay_within_the_limits_and_come_best_first(capability: tuple[int, int]) -> None:
+    gpu, table = GPUS[capability], configs.ARCHITECTURES[capability]
+    for key in [ROW, ("spectral_conv_mix", "bf16x3", "narrow"), *list(table.rows)[::5]]:
+        found = tuning_model.candidates(key, gpu, table.programs)
+        assert len(found) == len(set(found)) > 8
+        times = [tuning_model.row_seconds(key, c, gpu, table.programs) for c in found]
+        assert times == sorted(times)
+        for config in found:
+            assert config.num_warps * 32 <= 1024
+            for shape in tuning_model.shapes_of(key):
+                usage = tuning_model.guess(
+                    tuning_model.work_of(key, config.tile, shape, table.programs), config
+                )
+                assert usage.registers <= min(255, 65536 // (32 * config.num_warps))
+                assert usage.shared <= gpu.shared
+
+
+def test_every_row_has_shapes_of_its_class() -> None:
+    for table in configs.ARCHITECTURES.values():
+        for kernel, method, kind in table.rows:
+            shapes = tuning_model.shapes_of((kernel, method, kind))
+            assert shapes
+            if kind[:1] in configs.CLASSES["spectral_conv_weight_grad"]:
+                assert {
+                    configs.shape_class(shape.T, shape.real_coefficients) for shape in shapes
+                } == {kind[0]}
+            elif not kernel.startswith("truncated"):
+                assert all(shape.T > configs.MAX_LENGTH for shape in shapes)
+
+
+# One row
+
+
+def try_all(
+    times: dict[Config, float | str], unfit: tuple[Config, ...] = (), **options: Any
+) -> tuning.Choice:
+    """`choose` among CONFIGS, the first being the old one; a text is why a candidate fails."""
+
+    def check(key: RowKey, config: Config, every: bool) -> Usage:
+        if every and config in unfit:
+            raise Rejected("another launch spills")
+        if times.get(config) == "spills":
+            raise Spills("spills")
+        return FITS
+
+    def score(key: RowKey, config: Config, usage: Usage) -> float:
+        time = times[config]
+        if isinstance(time, str):
+            raise Rejected(time)
+        return time
+
+    return choose(
+        ROW,
+        CONFIGS[0],
+        CONFIGS[1:],
+        **{"guess": lambda config: 0.0, "check": check, "score": score, "bounded": False} | options,
+    )
+
+
+def times_of(*times: float | str) -> dict[Config, float | str]:
+    return dict(zip(CONFIGS, times, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("times", "unfit", "expected"),
+    [
+        (times_of(10, 9, 8, 9), (), CONFIGS[2]),
+        (times_of(10, 9.9, 9.85, 9.9), (), CONFIGS[0]),
+        (times_of(10, 9, 8, 9), (CONFIGS[2],), CONFIGS[1]),
+        (times_of(10, "wrong", 9, "wrong"), (), CONFIGS[2]),
+        (times_of("wrong", 11, 12, 12), (), CONFIGS[1]),
+        (times_of(10, 11, 12, 12), (CONFIGS[0],), CONFIGS[1]),
+        (times_of("a", "b", "c", "d"), (), None),
+    ],
+    ids=["best", "noise", "gate", "failing", "old fails", "old spills", "none"],
+)
+def test_the_best_that_passes_the_gate_wins(
+    times: dict[Config, float | str], unfit: tuple[Config, ...], expected: Config | None
+) -> None:
+    choice = try_all(times, unfit)
+    assert choice.new == expected
+    assert [one.config for one in choice.tried] == CONFIGS
+    assert [one.problem or one.seconds for one in choice.tried] == list(times.values())
+
+
+def test_larger_tiles_than_one_that_spills_are_not_compiled() -> None:
+    choice = try_all(times_of(10, 9, "spills", 1))
+    assert [one.config for one in choice.tried] == CONFIGS[:3] and choice.new == CONFIGS[1]
+
+
+def test_a_bounded_search_ends_where_nothing_can_win() -> None:
+    guesses = dict(zip(CONFIGS, (9, 7, 8, 8), strict=True))
+    choice = try_all(times_of(10, 8, 7, 1), guess=guesses.__getitem__, bounded=True)
+    assert [one.config for one in choice.tried] == CONFIGS[:2] and choice.new == CONFIGS[1]
+
+
+def test_a_row_ends_when_its_time_is_over_but_the_old_one_is_always_timed() -> None:
+    clock = iter(range(100))
+    choice = try_all(times_of(10, 9, 8, 7), seconds=1.5, now=lambda: float(next(clock)))
+    assert [one.config for one in choice.tried] == CONFIGS[:2] and choice.new == CONFIGS[1]
+    choice = try_all(times_of(10, 9, 8, 7), seconds=0, now=lambda: float(next(clock)))
+    assert choice.new == CONFIGS[0]
+
+
+# The file
+
+
+def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(TABLES, tmp_path, dirs_exist_ok=True)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    file = TableFile.open(tmp_path, (9, 0), H200)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            file.update(ROW, CONFIGS[3], "compiled")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+    file.update(ROW, CONFIGS[3], "compiled")
+    assert configs.parse(json.loads(file.path.read_text()), "sm_90.json").rows[ROW] == CONFIGS[3]
+    with pytest.raises(ValueError, match="source is 'guessed'"):
+        file.update(ROW, CONFIGS[3], "guessed")
+
+
+# The command
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    folder = tmp_path / "tables"
+    shutil.copytree(TABLES, folder)
+    return folder
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """A compiler under which tiles of 256 spill and all else fits; the launches it was given."""
+    seen: list[Launch] = []
+
+    def compiled(one: Launch) -> Report:
+        seen.append(one)
+        spills = any(value == 256 for name, value in one.constants if name.startswith("BLOCK"))
+        hopper = one.capability == 90 and tuning.test_triton_aot.left_rows(one, dict(one.constants))
+        cores = "wgmma" if hopper and hopper >= 64 else "mma"
+        return Report(128, 16 * spills, 40_000, cores, 8, 0)
+
+    monkeypatch.setattr(tuning, "compiled", compiled)
+    return seen
+
+
+MIX = ["--kernels", "spectral_conv_mix", "--methods", "tf32"]
+MIX_ROWS: list[RowKey] = [("spectral_conv_mix", "tf32", kind) for kind in ("", "narrow")]
+
+
+def test_a_dry_run_models_and_changes_nothing(
+    tables: Path, compiler: list[Launch], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (tables / "sm_90.json").read_text()
+    assert tune.main(["--dry-run", "--arch", "90", "--tables", str(tables), *MIX]) == 0
+    assert (tables / "sm_90.json").read_text() == before
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.startswith("spectral_conv_mix tf32") for line in lines[-2:]] == [True, True]
+    assert {one.kernel for one in compiler} == {"spectral_conv_mix_kernel"}
+
+
+def test_a_dry_run_writes_modeled_rows_but_never_over_a_measured_one(
+    tables: Path, compiler: list[Launch]
+) -> None:
+    data = table_data()
+    wide, narrow = (
+        next(row for row in data["rows"] if (row["kernel"], row["method"], row["class"]) == key)
+        for key in MIX_ROWS
+    )
+    wide |= {"tile": [16, 16, 16], "source": "compiled"}
+    narrow |= {"tile": [16, 16, 16], "source": "measured: 1.0 us"}
+    (tables / "sm_90.json").write_text(json.dumps(data))
+    command = ["--dry-run", "--arch", "90", "--write", "--tables", str(tables), *MIX]
+    assert tune.main(command) == 0
+    file = TableFile.open(tables, (9, 0), H200)
+    assert file.row(MIX_ROWS[0])["tile"] != [16, 16, 16]
+    assert file.row(MIX_ROWS[0])["source"].startswith("modeled: ")
+    assert file.row(MIX_ROWS[1]) == narrow
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """A GPU played by the CPU: float64 reference, small shapes, the host's clock."""
+    played = SimpleNamespace(capability=(9, 0), results=tmp_path / "results")
+    patch = monkeypatch.setattr
+    monkeypatch.setenv("DSNO_KERNELS_DRY_RUN", "1")
+    patch(torch.cuda, "is_available", lambda: True)
+    patch(torch.cuda, "current_device", lambda: 0)
+    patch(torch.cuda, "get_device_capability", lambda device: played.capability)
+    patch(tune, "gpu_of", lambda device, capability: H200._replace(multiprocessors=100))
+    patch(tune.machine, "describe", lambda device: {"gpu": "Toaster 3000", "triton": "3.0"})
+    patch(tune.machine, "slug", lambda device: "toaster")
+    patch(tune, "workers", concurrent.futures.ThreadPoolExecutor)
+
+    def stopwatch(table: Any, device: torch.device, backend: Any) -> Stopwatch:
+        return Stopwatch(table, torch.device("cpu"), reference, small=True)
+
+    patch(tune, "Stopwatch", stopwatch)
+    return played
+
+
+def measured(tables: Path, gpu: SimpleNamespace, *arguments: str) -> int:
+    folders = ["--tables", str(tables), "--results", str(gpu.results)]
+    return tune.main([*folders, "--jobs", "1", "--most", "2", *arguments])
+
+
+def test_a_run_on_a_gpu_writes_table_and_journal(
+    tables: Path, gpu: SimpleNamespace, compiler: list[Launch]
+) -> None:
+    assert measured(tables, gpu, *MIX) == 0
+    file = TableFile.open(tables, (9, 0), H200)
+    for key in MIX_ROWS:
+        source = file.row(key)["source"]
+        assert source.startswith("measured: ") and "Toaster 3000" in source and "t16_" in source
+    assert file.row(ROW) == TableFile.open(TABLES, (9, 0), H200).row(ROW)
+    head, *rows = journal.read(gpu.results / "tune-toaster.jsonl")
+    assert head["machine_info"]["gpu"] == "Toaster 3000"
+    assert [tuple(row["row"]) for row in rows] == MIX_ROWS
+    assert all(len(row["tried"]) == 3 and row["tried"][0]["seconds"] > 0 for row in rows)
+
+
+def test_an_interrupted_run_keeps_the_rows_it_has_chosen(
+    tables: Path,
+    gpu: SimpleNamespace,
+    compiler: list[Launch],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def score(key: RowKey, config: Config, usage: Usage) -> float:
+        if key == MIX_ROWS[1]:
+            raise KeyboardInterrupt
+        return 1e-3
+
+    monkeypatch.setattr(tune, "Stopwatch", lambda *arguments: score)
+    before = TableFile.open(TABLES, (9, 0), H200)
+    assert measured(tables, gpu, *MIX) == 130
+    assert "interrupted" in capsys.readouterr().err
+    after = TableFile.open(tables, (9, 0), H200)
+    assert after.row(MIX_ROWS[0])["source"].startswith("measured: 1000.0 us")
+    assert after.row(MIX_ROWS[1]) == before.row(MIX_ROWS[1])
+    assert len(journal.read(gpu.results / "tune-toaster.jsonl")) == 2
+    assert not list(tables.glob(".*"))
+
+
+def test_a_new_architecture_starts_from_the_safe_rows(
+    tables: Path, gpu: SimpleNamespace, compiler: list[Launch]
+) -> None:
+    gpu.capability = (12, 0)
+    assert measured(tables, gpu, *MIX) == 0
+    data = json.loads((tables / "sm_120.json").read_text())
+    table = configs.parse(data, "sm_120.json")
+    assert table.programs == 200 and table.fp32_method == configs.SAFE.fp32_method
+    changed = [row for row in data["rows"] if row["source"] != "compiled"]
+    assert [(row["kernel"], row["method"], row["class"]) for row in changed] == MIX_ROWS
+
+
+def test_a_row_that_nothing_fits_is_left_and_said(
+    tables: Path,
+    gpu: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tuning, "compiled", lambda one: "does not compile: because")
+    before = (tables / "sm_90.json").read_text()
+    assert measured(tables, gpu, *MIX, "--classes", "narrow") == 1
+    assert (tables / "sm_90.json").read_text() == before
+    output = capsys.readouterr()
+    assert "none fits" in output.out
+    assert output.err == "tune: spectral_conv_mix tf32 narrow: does not compile: because\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "90"], "--dry-run and --arch belong together"),
+        (["--dry-run"], "--dry-run and --arch belong together"),
+        (["--write"], "--write belongs to --dry-run"),
+        (["--dry-run", "--arch", "75"], "--arch 75: the model has the constants of 80, 86, 90"),
+        (["--dry-run", "--arch", "90", "--budget", "0"], "have to be positive"),
+        (["--dry-run", "--arch", "90", "--tables", "/nowhere"], "--tables /nowhere is no folder"),
+        (["--dry-run", "--arch", "90", "--methods", "fp8"], "--methods 'fp8' is in no row"),
+        (["--dry-run", "--arch", "90", *MIX, "--classes", "3"], "no row has these kernels"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_without_a_gpu_a_run_says_what_works_without_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# Clock
+
+KERNELS = list(configs.CLASSES)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("method", ["tf32x3", "bf16"])
+def test_a_right_result_is_timed(kernel: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSNO_KERNELS_DRY_RUN", "1")
+    key = (kernel, method, configs.CLASSES[kernel][0])
+    stopwatch = Stopwatch(configs.ARCHITECTURES[9, 0], torch.device("cpu"), reference, small=True)
+    assert stopwatch(key, CONFIGS[0], FITS) > 0
+
+
+class Wrong:
+    """A backend with a defect."""
+
+    def __init__(self, defect: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.defect = defect
+
+    def spectral_conv(self, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:
+        return self.defect(reference.spectral_conv(*args, **options)[0]), None
+
+
+def _too_large(y: torch.Tensor) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+
+@pytest.mark.parametrize(
+    ("defect", "message"),
+    [
+        (torch.zeros_like, "error 1.0e.00, 6e-04 is allowed"),
+        (lambda y: y * 1.001, "error 1.0e-03"),
+        (lambda y: y.index_fill(0, torch.tensor([0]), torch.nan), "error nan"),
+        (_too_large, r"^OutOfMemoryError: CUDA out of memory\.$"),
+    ],
+    ids=["zeros", "slightly wrong", "NaN", "raises"],
+)
+def test_a_wrong_result_is_rejected(
+    defect: Callable[[torch.Tensor], torch.Tensor], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSNO_KERNELS_DRY_RUN", "1")
+    table = configs.ARCHITECTURES[9, 0]
+    stopwatch = Stopwatch(table, torch.device("cpu"), Wrong(defect), small=True)
+    with pytest.raises(Rejected, match=message):
+        stopwatch(ROW, CONFIGS[0], FITS)
+
+
+def test_launchers_see_the_candidate_in_wide_and_narrow_rows_and_only_then() -> None:
+    table = configs.ARCHITECTURES[9, 0]
+    before = copy.deepcopy(table.rows)
+    candidate = tuning.with_row(table, ROW, CONFIGS[3])
+    device = torch.device("cpu")
+    with tuning_clock.table_in_use(candidate):
+        rows = launch.architecture(device).rows
+        changed = {key for key in rows if rows[key] != before[key]}
+        assert changed == {ROW, ("spectral_conv", "tf32", "3 narrow")}
+    assert launch.architecture(device) is configs.SAFE
+    assert table.rows == before

@@ -9,6 +9,7 @@ build_info: str
 cuda_version: str
 cuda_archs: str
 cpu_api: int
+cuda_api: int
 
 def cpu_spectral_conv(
     sizes: tuple[int, ...],

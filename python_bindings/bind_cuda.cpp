@@ -8,7 +8,16 @@
 
 namespace py = pybind11;
 
+namespace {
+
+// Raised with every change of the signatures and plans below; dsno_kernels/backends/cuda.py expects
+// it.
+constexpr int kApi = 2;
+
+}  // namespace
+
 void bind_cuda(py::module_& m) {
+    m.attr("cuda_api") = kApi;
     m.def("cuda_driver_version", &dsno::cuda_driver_version);
     m.def("cuda_truncated_fft_kernels", &dsno::truncated_fft_kernels);
     m.def(

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dsno_kernels.backends._launch import uncovered_capability
-from dsno_kernels.backends.cuda import _driver_too_old
+from dsno_kernels.backends._launch import driver_too_old, uncovered_capability
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("csrc", "python_bindings", "dsno_kernels", "setup.py", "pyproject.toml", "MANIFEST.in")
@@ -212,4 +211,4 @@ def test_compute_capability(capability: tuple[int, int], archs: str, covered: bo
     [(13000, "13.0", True), (12080, "13.0", False), (0, "13.0", False)],
 )
 def test_driver_version(driver: int, built: str, works: bool) -> None:
-    assert (_driver_too_old(driver, built) is None) == works
+    assert (driver_too_old(driver, built) is None) == works

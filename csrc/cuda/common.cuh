@@ -51,6 +51,28 @@ __device__ inline float widen(Half x) {
     return result;
 }
 
+// To the type of storage: to the nearest number, ties to even.
+template <typename T>
+__device__ inline T narrow(Accumulator<T> x) {
+    return x;
+}
+template <>
+__device__ inline BFloat16 narrow<BFloat16>(float x) {
+    const unsigned bits = __float_as_uint(x);
+    if (x != x) return {0x7fff};
+    return {static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+__device__ inline Half narrow<Half>(float x) {
+    Half result{};
+#if defined(__CUDA_ARCH__)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+#elif defined(DSNO_CUDA_SHIM)
+    result.bits = float_to_half_bits(x);
+#endif
+    return result;
+}
+
 // Division of 64-bit numbers costs several times that of 32-bit ones, which most tensors allow.
 __device__ inline i64 divide(i64 a, i64 b) {
     if (((a | b) >> 32) == 0) return static_cast<unsigned>(a) / static_cast<unsigned>(b);
@@ -64,12 +86,12 @@ __device__ inline void load(const T* from, Accumulator<T>* to) {
     for (int j = 0; j < N; ++j) to[j] = widen(packed.v[j]);
 }
 
-template <int N, typename A>
-__device__ inline void store(A* to, const A* from) {
-    Vector<A, N> packed;
+template <int N, typename T>
+__device__ inline void store(T* to, const Accumulator<T>* from) {
+    Vector<T, N> packed;
 #pragma unroll
-    for (int j = 0; j < N; ++j) packed.v[j] = from[j];
-    *reinterpret_cast<Vector<A, N>*>(to) = packed;
+    for (int j = 0; j < N; ++j) packed.v[j] = narrow<T>(from[j]);
+    *reinterpret_cast<Vector<T, N>*>(to) = packed;
 }
 
 }  // namespace dsno

@@ -9,7 +9,9 @@
 //
 // over i = pairs, j = bins (forward) or i = bins, j = pairs (inverse). The table of (c, s) comes
 // from the host in float64 precision, [i][j] with rows of `table_pitch` entries; c = cos and s =
-// -sin of 2 pi k t / n, times alpha_k / n in the inverse.
+// -sin of 2 pi k t / n, times a factor of each bin (alpha_k / n in the inverse).
+//
+// T is the type of the signal; spectra are pairs of its accumulator.
 #pragma once
 
 #include "common.cuh"
@@ -17,15 +19,16 @@
 namespace dsno {
 
 // Strides count elements: of the input, and of the output (its (re, im) pairs in the forward
-// direction). A transform belongs to one column of one batch.
+// direction). The transforms form three axes, of which the columns are closest in memory.
 struct TruncatedFftParams {
     const void* input;
     void* output;
     const void* table;
     i64 n, modes, table_pitch;
-    i64 batches, columns;
-    i64 in_batch, in_column, in_step, in_part;  // step: along the transform; part: from re to im
-    i64 out_batch, out_column, out_step;
+    i64 outers, middles, columns;
+    i64 in_outer, in_middle, in_column;
+    i64 in_step, in_part;  // step: along the transform; part: from re to im
+    i64 out_outer, out_middle, out_column, out_step;
     i64 splits;  // neighboring blocks that have the same columns and different outputs j
     i64 lanes;   // rows kernel: threads of a block over j, a power of two; the others share i
 };
@@ -37,17 +40,40 @@ constexpr i64 kSegment = 512;
 template <typename A>
 using Pair = Vector<A, 2>;
 
+template <bool INVERSE, typename T>
+struct Types {
+    using Input = T;
+    using Output = Accumulator<T>;
+};
+template <typename T>
+struct Types<true, T> {
+    using Input = Accumulator<T>;
+    using Output = T;
+};
+
+// Where the first element of transform `index` lies, in groups of V columns.
+struct Place {
+    i64 in, out;
+};
+template <bool INVERSE, int V>
+__device__ inline Place place_of(const TruncatedFftParams& p, i64 index) {
+    const i64 groups = p.columns / V;
+    const i64 rest = divide(index, groups), column = (index - rest * groups) * V;
+    const i64 outer = divide(rest, p.middles), middle = rest - outer * p.middles;
+    const i64 out = outer * p.out_outer + middle * p.out_middle + column * p.out_column;
+    return {outer * p.in_outer + middle * p.in_middle + column * p.in_column,
+            INVERSE ? out : 2 * out};
+}
+
 __device__ inline bool is_self_conjugate(i64 k, i64 n) { return k == 0 || 2 * k == n; }
 
 // u and v of N neighboring columns: a folded pair of times, or a bin without an imaginary part that
 // cannot reach the result.
-template <bool INVERSE, int N, typename T>
-__device__ inline void load_terms(const TruncatedFftParams& p, const T* from, i64 i,
-                                  Accumulator<T>* u, Accumulator<T>* v) {
-    using A = Accumulator<T>;
+template <bool INVERSE, int N, typename I, typename A>
+__device__ inline void load_terms(const TruncatedFftParams& p, const I* from, i64 i, A* u, A* v) {
     const bool alone = is_self_conjugate(i, p.n);
     if constexpr (INVERSE) {
-        const T* bin = from + i * p.in_step;
+        const I* bin = from + i * p.in_step;
         if constexpr (N > 1) {
             A parts[2 * N];
             load<2 * N>(bin, parts);
@@ -73,8 +99,8 @@ __device__ inline void load_terms(const TruncatedFftParams& p, const T* from, i6
 }
 
 // The results of output j of N neighboring columns; `add` for all but the first part of a long sum.
-template <bool INVERSE, int N, typename A>
-__device__ inline void store_terms(const TruncatedFftParams& p, A* to, i64 j, bool add,
+template <bool INVERSE, int N, typename O, typename A>
+__device__ inline void store_terms(const TruncatedFftParams& p, O* to, i64 j, bool add,
                                    const A* first, const A* second) {
     const bool alone = is_self_conjugate(j, p.n);
     if constexpr (INVERSE) {
@@ -87,7 +113,7 @@ __device__ inline void store_terms(const TruncatedFftParams& p, A* to, i64 j, bo
         store<N>(to + j * p.out_step, near);
         if (!alone) store<N>(to + (p.n - j) * p.out_step, far);
     } else {
-        A* at = to + 2 * j * p.out_step;
+        O* at = to + 2 * j * p.out_step;
         A parts[2 * N] = {};
         if (add) load<2 * N>(at, parts);
 #pragma unroll
@@ -104,15 +130,16 @@ __device__ inline void store_terms(const TruncatedFftParams& p, A* to, i64 j, bo
 template <bool INVERSE, typename T, int V, int C>
 __device__ inline void truncated_fft_columns(const TruncatedFftParams& p) {
     using A = Accumulator<T>;
+    using Input = typename Types<INVERSE, T>::Input;
+    using Output = typename Types<INVERSE, T>::Output;
     const i64 pairs = p.n / 2 + 1;
     const i64 terms = INVERSE ? p.modes : pairs, outputs = INVERSE ? pairs : p.modes;
     const i64 split = blockIdx.x % p.splits, tile = blockIdx.x / p.splits;
-    const i64 group = tile * kThreads + threadIdx.x, groups = p.columns / V;
-    if (group >= p.batches * groups) return;
-    const i64 batch = divide(group, groups), column = (group - batch * groups) * V;
-    const T* from = static_cast<const T*>(p.input) + batch * p.in_batch + column * p.in_column;
-    A* to = static_cast<A*>(p.output) +
-            (batch * p.out_batch + column * p.out_column) * (INVERSE ? 1 : 2);
+    const i64 group = tile * kThreads + threadIdx.x;
+    if (group >= p.outers * p.middles * (p.columns / V)) return;
+    const Place place = place_of<INVERSE, V>(p, group);
+    const Input* from = static_cast<const Input*>(p.input) + place.in;
+    Output* to = static_cast<Output*>(p.output) + place.out;
 
     for (i64 chunk = split * C; chunk < outputs; chunk += p.splits * C) {
         const Pair<A>* table = static_cast<const Pair<A>*>(p.table) + chunk;
@@ -153,6 +180,8 @@ __device__ inline void truncated_fft_columns(const TruncatedFftParams& p) {
 template <bool INVERSE, typename T>
 __device__ inline void truncated_fft_rows(const TruncatedFftParams& p) {
     using A = Accumulator<T>;
+    using Input = typename Types<INVERSE, T>::Input;
+    using Output = typename Types<INVERSE, T>::Output;
     constexpr int kWidth = 16 / sizeof(A);         // rows in a 16-byte word
     constexpr int kRows = 2 * kWidth;              // R
     constexpr int kPitch = kRows + kWidth;         // spreads the stores of a warp over all banks
@@ -166,17 +195,17 @@ __device__ inline void truncated_fft_rows(const TruncatedFftParams& p) {
     const int lane = thread % lanes, group = thread / lanes, groups = kThreads / lanes;
     const i64 pairs = p.n / 2 + 1;
     const i64 terms = INVERSE ? p.modes : pairs, outputs = INVERSE ? pairs : p.modes;
-    const i64 rows = p.batches * p.columns;
+    const i64 rows = p.outers * p.middles * p.columns;
     const i64 first_row = blockIdx.x / p.splits * kRows;
     const i64 first_output = blockIdx.x % p.splits * lanes;
     const i64 j = first_output + lane;
-    const T* input = static_cast<const T*>(p.input);
-    A* output = static_cast<A*>(p.output);
+    const Input* input = static_cast<const Input*>(p.input);
+    Output* output = static_cast<Output*>(p.output);
 
     if (thread < kRows) {
-        const i64 row = first_row + thread, batch = row / p.columns, column = row % p.columns;
-        in_offset[thread] = batch * p.in_batch + column * p.in_column;
-        out_offset[thread] = (batch * p.out_batch + column * p.out_column) * (INVERSE ? 1 : 2);
+        const Place place = place_of<INVERSE, 1>(p, first_row + thread);
+        in_offset[thread] = place.in;
+        out_offset[thread] = place.out;
     }
 
     A first[kRows] = {}, second[kRows] = {};
@@ -246,8 +275,8 @@ __device__ inline void truncated_fft_rows(const TruncatedFftParams& p) {
 
 }  // namespace dsno
 
-// Every kernel: X(name, device function). `dsno_kernels/backends/cuda.py` chooses among the names;
-// v is the number of columns and c the number of outputs of a thread.
+// Every kernel: X(name, device function). `dsno_kernels/backends/_transforms.py` chooses among the
+// names; v is the number of columns and c the number of outputs of a thread.
 // clang-format off
 #define DSNO_TRUNCATED_FFT_KERNELS(X)                                                                \
     X(truncated_rfft_columns_f32_v4_c4, (dsno::truncated_fft_columns<false, float, 4, 4>))           \
@@ -268,8 +297,10 @@ __device__ inline void truncated_fft_rows(const TruncatedFftParams& p) {
     X(truncated_irfft_columns_f32_v4_c4, (dsno::truncated_fft_columns<true, float, 4, 4>))           \
     X(truncated_irfft_columns_f32_v4_c8, (dsno::truncated_fft_columns<true, float, 4, 8>))           \
     X(truncated_irfft_columns_f32_v1_c8, (dsno::truncated_fft_columns<true, float, 1, 8>))           \
+    X(truncated_irfft_columns_f16_v4_c4, (dsno::truncated_fft_columns<true, dsno::Half, 4, 4>))      \
     X(truncated_irfft_columns_f16_v4_c8, (dsno::truncated_fft_columns<true, dsno::Half, 4, 8>))      \
     X(truncated_irfft_columns_f16_v1_c8, (dsno::truncated_fft_columns<true, dsno::Half, 1, 8>))      \
+    X(truncated_irfft_columns_bf16_v4_c4, (dsno::truncated_fft_columns<true, dsno::BFloat16, 4, 4>)) \
     X(truncated_irfft_columns_bf16_v4_c8, (dsno::truncated_fft_columns<true, dsno::BFloat16, 4, 8>)) \
     X(truncated_irfft_columns_bf16_v1_c8, (dsno::truncated_fft_columns<true, dsno::BFloat16, 1, 8>)) \
     X(truncated_irfft_columns_f64_v2_c8, (dsno::truncated_fft_columns<true, double, 2, 8>))          \

@@ -19,9 +19,10 @@ import torch
 
 NAMES = ("cpu", "cuda", "triton", "cupy", "reference")
 
-# Fastest first, for each kind of device. A backend that is not listed for a device runs there only
-# when it is forced.
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# Triton serves spectral convolutions of up to this length, whose times fit the tiles of its
+# kernels; longer ones go through truncated transforms and cuBLAS, which read x in one pass however
+# long it is. To be measured.
+LONGEST_FUSED = 64
 
 
 class Request(NamedTuple):
@@ -33,6 +34,19 @@ class Request(NamedTuple):
     precision: str = "fp32"
     length: int = 0  # of the longest transform; 0 where it is not known
     modes: int = 0
+
+
+def order(request: Request) -> tuple[str, ...]:
+    """The backends for a request, fastest first. One that is not listed for a device runs there
+    only when it is forced.
+    """
+    if request.device.type == "cpu":
+        return "cpu", "reference"
+    if request.device.type != "cuda":
+        return ("reference",)
+    if request.op.startswith("spectral_conv") and request.length <= LONGEST_FUSED:
+        return "triton", "cuda", "cupy", "reference"
+    return "cuda", "cupy", "triton", "reference"
 
 
 def check_name(name: str) -> str:
@@ -62,8 +76,8 @@ class use_backend:
     It holds for the thread that enters the block.
 
     Args:
-        name: "reference", "cpu", "cuda" or "triton". An op that this backend cannot run raises
-            `NotImplementedError` with the reason.
+        name: "reference", "cpu", "cuda", "triton" or "cupy". An op that this backend cannot run
+            raises `NotImplementedError` with the reason.
 
     Raises:
         ValueError: an unknown name.
@@ -115,8 +129,7 @@ def _select(name: str, request: Request) -> ModuleType:
                 f" {request.dtype}: {reason}"
             )
         return _module(name)
-    order = _ORDER.get(request.device.type, ("reference",))
-    return next(_module(n) for n in order if unsupported(n, request) is None)
+    return next(_module(n) for n in order(request) if unsupported(n, request) is None)
 
 
 class Explained(Exception):
@@ -153,8 +166,8 @@ def explain_call(run: Callable[[], object]) -> str:
 
 def explain_request(request: Request, forced_name: str = "") -> str:
     """One line a backend: which one `select` takes for a request, and why not the others."""
-    order = _ORDER.get(request.device.type, ("reference",))
-    chosen = forced_name or next(n for n in order if unsupported(n, request) is None)
+    names = order(request)
+    chosen = forced_name or next(n for n in names if unsupported(n, request) is None)
     verdict = (
         chosen if unsupported(chosen, request) is None else f"{chosen} is asked for and cannot"
     )
@@ -162,7 +175,7 @@ def explain_request(request: Request, forced_name: str = "") -> str:
         f"{request.op} on {request.device.type}, {request.dtype},"
         f" precision {request.precision}: {verdict}"
     ]
-    for name in (*order, *(n for n in NAMES if n not in order)):
+    for name in (*names, *(n for n in NAMES if n not in names)):
         reason = unsupported(name, request)
         if reason is None:
             reason = "runs" if name == chosen else "could run"

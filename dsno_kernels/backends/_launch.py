@@ -33,6 +33,14 @@ def device_code_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "csrc" / "cuda"
 
 
+def driver_too_old(driver: int, built: str) -> str | None:
+    """A driver serves device code of its own major CUDA version and of older ones."""
+    if driver // 1000 >= int(built.split(".")[0]):
+        return None
+    version = f"CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "no CUDA version"
+    return f"it was built with CUDA {built}, and the driver serves {version}; update the driver"
+
+
 def uncovered_capability(capability: tuple[int, int], archs: str) -> str | None:
     """Why device code for `archs` ("8.0;8.6;9.0+PTX") does not run on a GPU, or None.
 

@@ -123,12 +123,6 @@ inline unsigned short float_to_half_bits(float value) {
     return sign | (unit == -24 ? steps : ((unit + 24) << 10) + steps);
 }
 
-inline unsigned short float_to_bfloat16_bits(float value) {
-    const unsigned bits = __float_as_uint(value);
-    if (std::isnan(value)) return 0x7fff;
-    return static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 template <typename Kernel, typename Params>
 void run_grid(Kernel kernel, unsigned grid, unsigned threads, const Params& params) {
     std::barrier<> barrier(threads);

@@ -1,4 +1,5 @@
-// Runs truncated transforms on the CPU: `run_truncated_fft CASES RESULTS`.
+// Runs truncated transforms on the CPU: `run_truncated_fft CASES RESULTS`; as a shared library,
+// through `launch`.
 //
 // CASES holds, for each case, int64 numbers: the length of the kernel's name, the grid, the count
 // of the fields of TruncatedFftParams behind its pointers, the offset of the input in its buffer
@@ -38,7 +39,22 @@ Kernel find(const std::string& name) {
     std::exit(4);
 }
 
+constexpr size_t kNumbers =
+    (sizeof(dsno::TruncatedFftParams) - offsetof(dsno::TruncatedFftParams, n)) / sizeof(int64_t);
+
 }  // namespace
+
+extern "C" int launch(const char* name, int64_t grid, const void* input, void* output,
+                      const void* table, const int64_t* numbers, size_t count) {
+    if (count != kNumbers) return 5;
+    dsno::TruncatedFftParams params{};
+    std::memcpy(&params.n, numbers, sizeof(int64_t) * kNumbers);
+    params.input = input;
+    params.output = output;
+    params.table = table;
+    run_grid(find(name), static_cast<unsigned>(grid), dsno::kThreads, params);
+    return 0;
+}
 
 int main(int argc, char** argv) {
     if (argc != 3) {  // without cases: the names of all kernels
@@ -53,19 +69,17 @@ int main(int argc, char** argv) {
         const auto [name_size, grid, count, offset, in_bytes, out_bytes, table_bytes] = head;
         std::string name(name_size, ' ');
         read(name.data(), name_size, cases);
-        dsno::TruncatedFftParams params{};
-        if (offsetof(dsno::TruncatedFftParams, n) + count * 8 != sizeof(params)) return 5;
-        read(&params.n, count * 8, cases);
+        std::vector<int64_t> numbers(count);
+        read(numbers.data(), sizeof(int64_t) * count, cases);
         char* input = static_cast<char*>(std::malloc(offset + in_bytes));
         char* output = static_cast<char*>(std::malloc(out_bytes));
         char* table = static_cast<char*>(std::malloc(table_bytes));
         read(input + offset, in_bytes, cases);
         read(table, table_bytes, cases);
         std::memset(output, 0xff, out_bytes);  // NaN, where nothing is written
-        params.input = input + offset;
-        params.output = output;
-        params.table = table;
-        run_grid(find(name), static_cast<unsigned>(grid), dsno::kThreads, params);
+        if (launch(name.c_str(), grid, input + offset, output, table, numbers.data(), count)) {
+            return 5;
+        }
         std::fwrite(output, 1, out_bytes, results);
         std::free(input);
         std::free(output);

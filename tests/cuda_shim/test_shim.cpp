@@ -1,7 +1,16 @@
-// The shim against plain loops: shuffles, shared memory, barriers, atomics, 16-bit floats.
+// The shim against plain loops: shuffles, shared memory, barriers, atomics; and the 16-bit floats
+// of common.cuh.
+// clang-format off: the shim comes first
 #include "cuda_shim.h"
+#include "common.cuh"
+// clang-format on
 
 namespace {
+
+using dsno::BFloat16;
+using dsno::Half;
+using dsno::narrow;
+using dsno::widen;
 
 constexpr unsigned kThreads = 96, kBlocks = 5;
 
@@ -49,6 +58,26 @@ void expect(bool right, const char* what, double at) {
     std::fprintf(stderr, "%s is wrong at %g\n", what, at);
 }
 
+// Every 16-bit number keeps its bits, and what lies between two goes to the nearer one.
+template <typename T>
+void expect_rounding(unsigned infinity, unsigned largest, const char* what) {
+    for (unsigned bits = 0; bits < 0x10000; ++bits) {
+        const T number{static_cast<unsigned short>(bits)};
+        const float value = widen(number);
+        if ((bits & 0x7fff) > infinity) {
+            expect(std::isnan(value) && std::isnan(widen(narrow<T>(value))), what, bits);
+            continue;
+        }
+        expect(narrow<T>(value).bits == bits, what, value);
+        if ((bits & 0x7fff) >= largest) continue;
+        const T next{static_cast<unsigned short>(bits + 1)};
+        const float beyond = widen(next), middle = value / 2 + beyond / 2;
+        expect(narrow<T>(middle).bits == (bits & 1 ? next : number).bits, what, middle);
+        expect(narrow<T>(std::nextafter(middle, beyond)).bits == next.bits, what, middle);
+        expect(narrow<T>(std::nextafter(middle, value)).bits == bits, what, middle);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -75,30 +104,10 @@ int main() {
         expect(neighbor[thread] == (1ull << 40) + thread / 16 * 16, "__shfl_sync", thread);
     }
 
-    for (unsigned bits = 0; bits < 0x10000; ++bits) {
-        const unsigned short half = static_cast<unsigned short>(bits);
-        const float value = half_bits_to_float(half);
-        if (std::isnan(value)) {
-            expect(std::isnan(half_bits_to_float(float_to_half_bits(value))), "half NaN", bits);
-            continue;
-        }
-        expect(float_to_half_bits(value) == half, "half", value);
-        if ((bits & 0x7fff) >= 0x7bff) continue;
-        // Halfway to the next number: to the even one; a little more or less: to the nearer one.
-        const unsigned short next = half + 1;
-        const float middle = (value + half_bits_to_float(next)) / 2;
-        const float up = std::nextafter(middle, half_bits_to_float(next));
-        const float down = std::nextafter(middle, value);
-        expect(float_to_half_bits(middle) == (half & 1 ? next : half), "half tie", middle);
-        expect(float_to_half_bits(up) == next, "half above a tie", up);
-        expect(float_to_half_bits(down) == half, "half below a tie", down);
-    }
-    expect(half_bits_to_float(float_to_half_bits(1e6f)) == INFINITY, "half overflow", 1e6);
-    expect(float_to_bfloat16_bits(1.0f) == 0x3f80, "bfloat16", 1);
-    expect(float_to_bfloat16_bits(__uint_as_float(0x3f808000)) == 0x3f80, "bfloat16 tie", 0);
-    expect(float_to_bfloat16_bits(__uint_as_float(0x3f818000)) == 0x3f82, "bfloat16 tie", 1);
-    expect(float_to_bfloat16_bits(__uint_as_float(0x3f808001)) == 0x3f81, "bfloat16 up", 0);
-    expect(float_to_bfloat16_bits(-INFINITY) == 0xff80, "bfloat16", -INFINITY);
-    expect(float_to_bfloat16_bits(NAN) == 0x7fff, "bfloat16 NaN", 0);
+    expect_rounding<Half>(0x7c00, 0x7bff, "half");
+    expect_rounding<BFloat16>(0x7f80, 0x7f7f, "bfloat16");
+    expect(narrow<Half>(65519.0f).bits == 0x7bff, "largest half", 65519);
+    expect(narrow<Half>(65520.0f).bits == 0x7c00, "half overflow", 65520);
+    expect(narrow<Half>(-1e30f).bits == 0xfc00, "half overflow", -1e30);
     return failed;
 }

@@ -1,0 +1,264 @@
+"""The four ops from two launched transforms: what the backends `cuda` and `cupy` share.
+
+A spectral convolution is four launches: the first K bins of x, one layout copy of W, the complex
+products of all bins by cuBLAS (`torch.bmm`), and the inverse transform. The transforms write and
+read with free strides, so the spectra already have the layout that cuBLAS takes, and alpha_k / n is
+in the tables. bias, LeakyReLU, residual and sign bits are PyTorch operations behind it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsno_kernels import _layout
+from dsno_kernels._layout import Axes
+from dsno_kernels.backends import reference
+from dsno_kernels.backends._transforms import (
+    TYPES,
+    Axis,
+    Plan,
+    plan,
+    twiddles_on,
+    weight_factors_on,
+)
+
+# Launches a plan: input, output, table.
+Launch = Callable[[Plan, Tensor, Tensor, Tensor], None]
+
+# The precisions whose budgets TF32 products would break.
+_EXACT = ("fp32", "bf16x3")
+_switch = threading.Lock()
+
+
+def products(a: Tensor, b: Tensor, precision: str) -> Tensor:
+    """`torch.bmm` of complex matrices, in full float32 where `precision` asks for it.
+
+    PyTorch's TF32 switch is of the process: it is turned off for the time of the launch, and only
+    where it is on. Products that other threads launch meanwhile are at most more accurate.
+    """
+    if precision not in _EXACT:
+        return torch.bmm(a, b)
+    matmul = torch.backends.cuda.matmul
+    with _switch:
+        before = matmul.fp32_precision
+        if before != "tf32":
+            return torch.bmm(a, b)
+        matmul.fp32_precision = "ieee"
+        try:
+            return torch.bmm(a, b)
+        finally:
+            matmul.fp32_precision = before
+
+
+class Spectra(NamedTuple):
+    """Complex spectra of `[B, T, C, P]`, rows = B * P: `[K, rows, C]` or, planar, `[K, C, rows]`.
+
+    Planar where pixels are closer in memory than channels, so that the transforms read and write
+    neighbors.
+    """
+
+    data: Tensor
+    planar: bool
+
+    def axes(self, B: int, P: int) -> tuple[int, int, int, int]:
+        """Strides of the bins, B, C and P."""
+        step = self.data.stride(0)
+        if self.planar:
+            return step, P, B * P, 1
+        C = self.data.shape[2]
+        return step, P * C, 1, C
+
+    def rows(self) -> Tensor:
+        """`[K, rows, C]`, as a view."""
+        return self.data.mT if self.planar else self.data
+
+
+def _is_planar(axes: Axes) -> bool:
+    return axes.P > 1 and axes.stride_p < axes.stride_c
+
+
+class Composed:
+    """The ops, of one launcher. See `backends.reference` for what they compute."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+
+    @torch.no_grad()
+    def truncated_rfft(self, x: Tensor, modes: int, *, dim: int) -> Tensor:
+        """The first `modes` bins of `rfft` along `dim`, as real pairs `[..., K, ..., 2]`."""
+        return self._truncated(x, dim % x.ndim, modes, inverse=False)
+
+    @torch.no_grad()
+    def truncated_irfft(self, spectrum: Tensor, n: int, *, dim: int) -> Tensor:
+        """`irfft` to length n of the first bins, real pairs `[..., K, ..., 2]`; other bins are
+        zero.
+        """
+        spectrum = spectrum.to(reference.compute_dtype(spectrum.dtype))
+        return self._truncated(spectrum, dim % (spectrum.ndim - 1), n, inverse=True)
+
+    def _truncated(self, x: Tensor, dim: int, count: int, inverse: bool) -> Tensor:
+        axes = _beside(x, dim, count, inverse)
+        if axes is None:
+            x = x.contiguous()
+            axes = _beside(x, dim, count, inverse)
+            assert axes is not None
+        shape = [*x.shape[:-1]] if inverse else [*x.shape, 2]
+        shape[dim] = count
+        output = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
+        n, modes = (count, x.shape[dim]) if inverse else (x.shape[dim], count)
+        part = x.stride(-1) if inverse else 0
+        scale = n if inverse else 0
+        step_out = axes[1].size
+        self._transform(x, output, n, modes, inverse, axes, x.stride(dim), part, step_out, scale)
+        return output
+
+    def _transform(
+        self,
+        source: Tensor,
+        target: Tensor,
+        n: int,
+        modes: int,
+        inverse: bool,
+        axes: tuple[Axis, ...],
+        step_in: int,
+        part: int,
+        step_out: int,
+        scale_length: int,
+    ) -> None:
+        dtype = (target if inverse else source).dtype
+        offset = source.data_ptr() % 16
+        chosen = plan(TYPES[dtype], inverse, n, modes, axes, step_in, part, step_out, offset)
+        table_dtype = reference.compute_dtype(dtype)
+        table = twiddles_on(n, modes, inverse, scale_length, table_dtype, source.device)
+        self.launch(chosen, source, target, table)
+
+    def _spectra(self, x: Tensor, axes: Axes, modes: int) -> Spectra:
+        """The first bins of x, which has the canonical axes `axes`."""
+        planar, rows = _is_planar(axes), axes.B * axes.P
+        shape = (modes, axes.C, rows) if planar else (modes, rows, axes.C)
+        spectra = Spectra(torch.empty(shape, dtype=torch.complex64, device=x.device), planar)
+        step, *strides = spectra.axes(axes.B, axes.P)
+        beside = _both_sides(axes, (axes.stride_b, axes.stride_c, axes.stride_p), strides)
+        self._transform(x, spectra.data, axes.T, modes, False, beside, axes.stride_t, 0, step, 0)
+        return spectra
+
+    @torch.no_grad()
+    def spectral_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        time_dim: int,
+        channel_dim: int,
+        n: int,
+        adjoint: bool = False,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        negative_slope: float | None = None,
+        out_dtype: torch.dtype | None = None,
+        save_positive: bool = False,
+        x_positive: Tensor | None = None,
+        precision: str = "fp32",
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `backends.reference.spectral_conv`."""
+        if x_positive is not None:
+            assert negative_slope is not None
+            x = reference.apply_positive(x, x_positive, negative_slope, time_dim, channel_dim)
+            negative_slope = None
+        out_dtype = out_dtype or torch.float32
+        epilogue = bias is not None or residual is not None or negative_slope is not None
+        in_float32 = epilogue or save_positive or out_dtype == torch.float64
+        channels, modes = weight.shape[0 if adjoint else 1], weight.shape[2]
+        h = _layout.empty(
+            x, time_dim, channel_dim, n, channels, torch.float32 if in_float32 else out_dtype
+        )
+        x, axes = _layout.canonical(x, time_dim, channel_dim)
+        spectra = self._spectra(x, axes, modes)
+        mixed = _mixed(spectra, _packed(weight, adjoint), precision)
+        h, out = _layout.canonical(h, time_dim, channel_dim)
+        step, *strides = mixed.axes(out.B, out.P)
+        beside = _both_sides(
+            out, [2 * stride for stride in strides], (out.stride_b, out.stride_c, out.stride_p)
+        )
+        scale_length = axes.T if adjoint else n
+        self._transform(
+            mixed.data, h, n, modes, True, beside, 2 * step, 1, out.stride_t, scale_length
+        )
+        if not in_float32:
+            return h, None
+        if bias is not None:
+            shape = [1] * h.ndim
+            shape[channel_dim] = -1
+            h += bias.to(torch.float32).view(shape)
+        positive = reference.pack_positive(h, time_dim, channel_dim) if save_positive else None
+        y = h if negative_slope is None else F.leaky_relu_(h, negative_slope)
+        if residual is not None:
+            y += residual.to(torch.float32)
+        return y.to(out_dtype), positive
+
+    @torch.no_grad()
+    def spectral_conv_weight_grad(
+        self,
+        x: Tensor,
+        grad_output: Tensor,
+        modes: int,
+        *,
+        time_dim: int,
+        channel_dim: int,
+        grad_positive: Tensor | None = None,
+        negative_slope: float | None = None,
+        precision: str = "fp32",
+    ) -> Tensor:
+        """See `backends.reference.spectral_conv_weight_grad`."""
+        if grad_positive is not None:
+            assert negative_slope is not None
+            grad_output = reference.apply_positive(
+                grad_output, grad_positive, negative_slope, time_dim, channel_dim
+            )
+        x, axes = _layout.canonical(x, time_dim, channel_dim)
+        grad_output, grad_axes = _layout.canonical(grad_output, time_dim, channel_dim)
+        first = self._spectra(x, axes, modes).rows()
+        spectra = self._spectra(grad_output, grad_axes, modes)
+        # cuBLAS conjugates what it transposes: of a planar gradient, conj(dW) costs no copy.
+        left, right = (
+            (first.mT, spectra.rows().conj()) if spectra.planar else (first.mH, spectra.rows())
+        )
+        product = torch.view_as_real(products(left, right, precision))  # [K, I, O, 2]
+        factors = weight_factors_on(axes.T, grad_axes.T, modes, spectra.planar, x.device)
+        grad = torch.empty((axes.C, grad_axes.C, modes, 2), dtype=torch.float32, device=x.device)
+        return torch.mul(product.permute(1, 2, 0, 3), factors, out=grad)
+
+
+def _beside(x: Tensor, dim: int, count: int, inverse: bool) -> tuple[Axis, Axis] | None:
+    """The axes before and after the transformed one, merged; None where one stride does not do."""
+    shape, strides = x.shape, x.stride()
+    outer = _layout.merged(shape, strides, range(dim))
+    inner = _layout.merged(shape, strides, range(dim + 1, x.ndim - inverse))
+    if outer is None or inner is None:
+        return None
+    return Axis(*outer, count * inner[0]), Axis(*inner, 1)
+
+
+def _both_sides(axes: Axes, ins: Sequence[int], outs: Sequence[int]) -> tuple[Axis, ...]:
+    """The axes B, C and P with their strides on the way in and on the way out."""
+    return tuple(map(Axis, (axes.B, axes.C, axes.P), ins, outs))
+
+
+def _packed(weight: Tensor, adjoint: bool) -> Tensor:
+    """W as complex matrices `[K, I, O]`; of the adjoint conj(W) as `[K, O, I]`: one copy."""
+    W = torch.view_as_complex(weight.contiguous())
+    W = W.permute(2, 1, 0).conj() if adjoint else W.permute(2, 0, 1)
+    return torch.empty(W.shape, dtype=W.dtype, device=W.device).copy_(W)
+
+
+def _mixed(spectra: Spectra, W: Tensor, precision: str) -> Spectra:
+    """The products of every bin, in the layout of `spectra`."""
+    if spectra.planar:
+        return Spectra(products(W.mT, spectra.data, precision), True)
+    return Spectra(products(spectra.data, W, precision), False)

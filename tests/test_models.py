@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dsno_kernels as dk
 from dsno_kernels.models import DSNO, DSNOConfig, logsnr_schedule
-from dsno_kernels.models.blocks import EagerTimeConv
+from dsno_kernels.models.eager import EagerTimeConv
 from tests.helpers import assert_close
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dsno_kernels as dk
-from dsno_kernels.models.blocks import EagerTimeConv
+from dsno_kernels.models.eager import EagerTimeConv
 
 # The largest temporal layer of the CIFAR-10 network at batch 4: (B, T, C, H, W), K.
 LAYER_SHAPE, LAYER_MODES = (4, 4, 256, 32, 32), 2

@@ -8,15 +8,21 @@ resampling by 2 (mean of 2x2 pixels, nearest neighbor, or none), a residual bloc
     y = R(x) + \mathrm{conv}(\mathrm{silu}(\mathrm{norm}(h) \cdot (s + 1) + b))
 
 and an attention block y = x + proj(softmax(q k / sqrt(d)) v) over the pixels of one image.
+
+Between the layers there are views only: every layer keeps the memory order of its input (contiguous
+or channels last), and attention, which wants rows of channels, has its normalization write them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsno_kernels.nn import NEGATIVE_SLOPE, NIN, variance_scaling_
+from dsno_kernels.functional import group_norm_silu
+from dsno_kernels.nn import NIN, variance_scaling_
 
 NORM_EPS = 1e-6
 
@@ -40,6 +46,25 @@ def conv3x3(in_channels: int, out_channels: int, scale: float = 1.0) -> nn.Conv2
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=NORM_EPS)
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
+    """The module `norm` and what follows it, in one pass; see `dsno_kernels.group_norm_silu`.
+
+    Under autocast the result has autocast's dtype: it goes to a convolution that would round it.
+    """
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        options["out_dtype"] = torch.get_autocast_dtype(kind)
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, **options)
+
+
+def concatenate(h: Tensor, skip: Tensor) -> Tensor:
+    """Two ``(B, T, C, H, W)`` along their channels, in the memory order of h."""
+    if h.stride(2) != 1:
+        return torch.cat([h, skip], dim=2)
+    # torch.cat writes the order of the dimensions: give it channels last as its last.
+    return torch.cat([h.movedim(2, -1), skip.movedim(2, -1)], dim=-1).movedim(-1, 2)
 
 
 def images(x: Tensor) -> Tensor:
@@ -82,20 +107,23 @@ class ResidualBlock(nn.Module):
         self.projects = in_channels != out_channels
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        T = x.shape[1]
         skip = images(x)
-        h = F.silu(self.GroupNorm_0(skip))
-        if self.resample == "up":
-            h, skip = (F.interpolate(a, scale_factor=2, mode="nearest") for a in (h, skip))
-        elif self.resample == "down":
-            h, skip = F.avg_pool2d(h, 2), F.avg_pool2d(skip, 2)
-        h = frames(self.GroupNorm_1(self.Conv_0(h)), T)
-        scale, shift = self.Dense_0(embedding)[..., None, None].chunk(2, dim=2)
-        h = F.silu(h * (scale + 1.0) + shift)
+        h, skip = self.resampled(norm_silu(self.GroupNorm_0, skip), skip)
+        h = frames(self.Conv_0(h), x.shape[1])
+        scale, shift = self.Dense_0(embedding).chunk(2, dim=2)  # each [B or 1, T, C]
+        h = norm_silu(self.GroupNorm_1, h, scale=scale, shift=shift, channel_dim=2)
         h = frames(self.Conv_1(self.Dropout_0(images(h))), h.shape[1])
         if self.projects:
             skip = self.NIN_0(skip)
-        return frames(skip, T) + h
+        return frames(skip, x.shape[1]) + h
+
+    def resampled(self, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """Both branches at the resolution of the output."""
+        if self.resample == "up":
+            return F.interpolate(h, scale_factor=2), F.interpolate(skip, scale_factor=2)
+        if self.resample == "down":
+            return F.avg_pool2d(h, 2), F.avg_pool2d(skip, 2)
+        return h, skip
 
 
 class AttentionBlock(nn.Module):
@@ -109,43 +137,13 @@ class AttentionBlock(nn.Module):
         self.GroupNorm_0 = group_norm(channels, 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.NINs(self.GroupNorm_0(images(x)))
-        # Channels are ordered (head, one of q k v, channel d); attention wants rows of channels.
+        h = norm_silu(self.GroupNorm_0, images(x), activation=None, channels_last=True)
+        h = self.NINs(h)
+        # Channels are ordered (head, one of q k v, channel d); attention takes rows of channels,
+        # and channels last has them.
         N, C, H, W = h.shape
-        h = h.reshape(N, self.num_heads, 3, C // (3 * self.num_heads), H * W)
-        q, k, v = h.transpose(-1, -2).contiguous().unbind(2)  # each [N, heads, P, d]
+        h = h.flatten(2).transpose(1, 2).unflatten(2, (self.num_heads, 3, -1))
+        q, k, v = h.permute(3, 0, 2, 1, 4)  # each [N, heads, P, d]
         h = F.scaled_dot_product_attention(q, k, v)
-        h = self.NIN_3(h.transpose(-1, -2).reshape(-1, *x.shape[2:]))
-        return x + h.view(x.shape)
-
-
-class EagerSpectralConv1d(nn.Module):
-    """The official spectral convolution, on ``torch.fft``: what the kernels are compared with."""
-
-    def __init__(self, in_channels: int, out_channels: int, modes: int) -> None:
-        super().__init__()
-        self.modes1 = modes
-        scale = 1.0 / (in_channels * out_channels)
-        self.weights1 = nn.Parameter(scale * torch.rand(in_channels, out_channels, modes, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            spectrum = torch.fft.rfftn(x.float(), dim=[1])[:, : self.modes1]
-            weight = torch.view_as_complex(self.weights1)
-            spectrum = torch.einsum("bkihw,iok->bkohw", spectrum, weight)
-            y: Tensor = torch.fft.irfftn(spectrum, s=[x.shape[1]], dim=[1])
-        return y
-
-
-class EagerTimeConv(nn.Module):
-    """The temporal layer of DSNO in plain PyTorch; `dsno_kernels.swap_layers` knows it."""
-
-    def __init__(self, in_channels: int, out_channels: int, modes: int) -> None:
-        super().__init__()
-        self.with_nin = False
-        self.t_conv = EagerSpectralConv1d(in_channels, out_channels, modes)
-        self.act = nn.LeakyReLU(NEGATIVE_SLOPE)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.act(self.t_conv(x))
-        return x + h
+        h = h.transpose(1, 2).reshape(N, H, W, C // 3).permute(0, 3, 1, 2)
+        return x + self.NIN_3(h).view(x.shape)

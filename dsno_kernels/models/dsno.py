@@ -22,15 +22,17 @@ from torch import Tensor, nn
 
 from dsno_kernels.models.blocks import (
     AttentionBlock,
-    EagerTimeConv,
     ResidualBlock,
+    concatenate,
     conv3x3,
     frames,
     group_norm,
     images,
     linear,
+    norm_silu,
 )
 from dsno_kernels.models.config import DSNOConfig
+from dsno_kernels.models.eager import EagerAttentionBlock, EagerResidualBlock, EagerTimeConv
 from dsno_kernels.nn import TimeConv
 
 
@@ -61,8 +63,8 @@ class DSNO(nn.Module):
 
     Args:
         config: its shape; `DSNOConfig.cifar10()` and `.imagenet64()` are the published ones.
-        kernels: whether the temporal layers run on this library's kernels; False takes plain
-            PyTorch, for comparison.
+        kernels: whether its layers run on this library's kernels; False computes in plain PyTorch
+            what the official network computes, for comparison.
 
     Returns of ``forward``:
         The images at the T times, ``(B, T, 3, H, W)``.
@@ -100,8 +102,10 @@ class DSNO(nn.Module):
         self._check(x, logsnr, y)
         modules = iter(self.all_modules)
         embedding = F.silu(self._embed(modules, logsnr, y, x.dtype))  # [B or 1, T, D]
-        h = next(modules)(x)[:, None]  # [B, 1, C, H, W]: the first block broadcasts it over T
         T = logsnr.shape[0]
+        h = next(modules)(x)[:, None]  # [B, 1, C, H, W]: the first block broadcasts it over T
+        if not self.kernels:
+            h = h.expand(-1, T, -1, -1, -1)
         skips = [h]
         for level, resolution in enumerate(config.resolutions):
             for _ in range(config.num_res_blocks):
@@ -114,11 +118,13 @@ class DSNO(nn.Module):
         h = next(modules)(h, embedding)
         for level, resolution in reversed(list(enumerate(config.resolutions))):
             for _ in range(config.num_res_blocks + 1):
-                h = torch.cat([h, skips.pop().expand(-1, T, -1, -1, -1)], dim=2)
+                h = concatenate(h, skips.pop().expand(-1, T, -1, -1, -1))
                 h = self._stage(modules, h, embedding, config.has_attention(resolution))
             if level > 0:
                 h = next(modules)(h, embedding)
-        h = F.silu(next(modules)(images(h)))
+        norm = next(modules)
+        assert isinstance(norm, nn.GroupNorm)
+        h = norm_silu(norm, images(h)) if self.kernels else F.silu(norm(images(h)))
         out = frames(next(modules)(h), T)
         return x.unsqueeze(1) - out if config.predict_noise else out
 
@@ -177,19 +183,21 @@ class DSNO(nn.Module):
 
 def _modules(config: DSNOConfig, kernels: bool) -> Iterator[nn.Module]:
     """The layers in the order of `forward`, which is that of the official state dict."""
+    residual_block = ResidualBlock if kernels else EagerResidualBlock
+    attention_block = AttentionBlock if kernels else EagerAttentionBlock
+    time_conv = TimeConv if kernels else EagerTimeConv
 
     def residual(in_channels: int, out_channels: int, resample: str | None = None) -> nn.Module:
         options = (config.embedding_dim, config.dropout, config.init_scale, resample)
-        return ResidualBlock(in_channels, out_channels, *options)
+        return residual_block(in_channels, out_channels, *options)
 
     def stage(in_channels: int, out_channels: int, attention: bool) -> Iterator[nn.Module]:
         yield residual(in_channels, out_channels)
         if attention:
             heads = config.num_heads if config.head_dim is None else out_channels // config.head_dim
-            yield AttentionBlock(out_channels, heads)
+            yield attention_block(out_channels, heads)
         if config.time_conv:
-            layer = TimeConv if kernels else EagerTimeConv
-            yield layer(out_channels, out_channels, config.modes)
+            yield time_conv(out_channels, out_channels, config.modes)
 
     yield linear(config.channels, config.embedding_dim)
     yield linear(config.embedding_dim, config.embedding_dim)

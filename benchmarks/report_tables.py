@@ -18,7 +18,7 @@ from benchmarks.report_data import (
     table,
 )
 
-OURS = "dsno_kernels"
+OURS = "dsno_kernels"  # how the names of this library's own entries begin
 
 
 def spectral_conv_cpu(results: list[Result]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, peers, report, shapes
+from benchmarks import measure, peers, report, shapes, targets
 
 pytest.importorskip("pytest_benchmark")
 
@@ -140,6 +140,89 @@ def test_report_without_any_results_says_not_measured(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     assert report.main(arguments(tmp_path)) == 0
     assert "Not measured yet." in (tmp_path / "README.md").read_text()
+
+
+GPU_TABLES = ("targets_gpu", "spectral_conv_gpu", "peers_gpu", "overhead_gpu", "model_gpu")
+
+
+def gpu_entry(shape: str, precision: str, direction: str, peer: str, **more: Any) -> dict[str, Any]:
+    """Half of the limit and 10 times as fast as the eager layer."""
+    return {
+        **conv_entry(peer, precision, direction, 0.005),
+        "shape": shape,
+        "share_of_limit": 0.5,
+        "host_seconds": 3e-5,
+        "peak_ratio": 0.3,
+        "error_ratio": 0.9,
+        "timing": "device events, L2 cold",
+        **more,
+    }
+
+
+@pytest.fixture
+def made_up_gpu(tmp_path: Path) -> Path:
+    """A README with the tables of a GPU, and results of one that never was."""
+    triton, cuda = "dsno_kernels[triton]", "dsno_kernels[cuda]"
+    shape = "t16_32_c256_k8"
+    entries = [
+        gpu_entry("cifar_b32_32", "tf32", "forward", triton),
+        gpu_entry("cifar_b32_32", "tf32", "forward_backward", triton),
+        gpu_entry("cifar_b32_32", "tf32", "forward", "torch.fft + bmm"),
+        gpu_entry(shape, "tf32", "forward", triton, chosen=True, seconds=0.005, graph_seconds=4e-6),
+        gpu_entry(shape, "tf32", "forward", cuda, chosen=False, seconds=0.001),
+        {
+            "op": "model",
+            "model": "DSNO-CIFAR",
+            "peer": "ours",
+            "precision": "fp32",
+            "direction": "forward",
+            "seconds": 0.002,
+            "baseline_seconds": 0.005,
+            "ratio": 2.5,
+        },
+    ]
+    machine = {"device": "cuda", "gpu": "Abacus 9", "cuda": "13.0", "cores": 2, "torch": "2.0"}
+    machine |= {"triton": "3.6", "copy_gbytes": 4300.0, "gemm_gflops": {"tf32": 390e3}}
+    content = {
+        "machine_info": machine,
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "datetime": "2030-01-02T03:04:05",
+        "benchmarks": [{"extra_info": entry} for entry in entries],
+    }
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "abacus-9.json").write_text(json.dumps(content))
+    (tmp_path / "results" / "tune-abacus-9.json").write_text("{}")  # not of these benchmarks
+    marks = (f"<!-- benchmark:begin {n} -->\n<!-- benchmark:end {n} -->" for n in GPU_TABLES)
+    (tmp_path / "README.md").write_text("\n".join(marks))
+    return tmp_path
+
+
+def test_report_of_a_gpu(made_up_gpu: Path) -> None:
+    assert report.main(arguments(made_up_gpu)) == 0
+    text = (made_up_gpu / "README.md").read_text()
+    title = "| CIFAR-10, B=32, 32 x 32, C=256 | tf32 |"
+    assert f"{title} forward | share of the limit | ≥ 75% | 50%, **missed** |" in text
+    assert f"{title} forward | speed-up over eager | ≥ 12x | 10x, **missed** |" in text
+    assert f"{title} forward + backward | peak memory / eager | ≤ 0.4 | 0.3, met |" in text
+    assert "Abacus 9, CUDA 13.0; PyTorch 2.0, Triton 3.6; 2030-01-02" in text
+    assert "copy 4.30 TB/s; matrix product tf32 390 TFLOP/s" in text
+    assert "| DSNO-CIFAR | ours | fp32 | forward | 5.00 ms | 2.00 ms | **2.50x** |" in text
+    # What runs by itself is shown, not what would have been faster.
+    (row,) = [line for line in text.splitlines() if line.startswith("| T=16") and "4.00 µs" in line]
+    assert "| 5.00 ms | **10.00x** | 6x | 50%" in row
+    assert "| torch.fft + bmm |" in text.split("benchmark:begin peers_gpu")[1]
+    assert (made_up_gpu / "results" / "share_of_limit.png").stat().st_size > 1000
+    assert not (made_up_gpu / "results" / "spectral_conv.png").exists()
+    assert report.main([*arguments(made_up_gpu), "--check"]) == 0
+
+
+def test_without_a_gpu_every_table_of_it_says_not_measured(made_up_gpu: Path) -> None:
+    (made_up_gpu / "results" / "abacus-9.json").unlink()
+    assert report.main(arguments(made_up_gpu)) == 0
+    text = (made_up_gpu / "README.md").read_text()
+    assert text.count("| not measured yet |") == len(targets.TARGETS) + len(shapes.GPU_SHAPES)
+    assert text.count("Not measured yet.") == 3
+    assert not list((made_up_gpu / "results").glob("*.png"))
 
 
 @pytest.mark.parametrize(

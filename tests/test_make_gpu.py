@@ -1,0 +1,279 @@
+"""`make gpu` without a GPU: its timing, journal and stages, and dry runs of what they start."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import compile_ahead, events, gpu, host_cuda, journal, peers, shapes
+from tests import gpu_sanitizer
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+def dry_run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "DSNO_KERNELS_DRY_RUN": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTEST_ADDOPTS": "",
+    }
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def parameters(function: Any) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def test_the_stand_in_takes_the_arguments_of_torch_cuda() -> None:
+    for name, own in vars(host_cuda.HostCuda).items():
+        if name.startswith("__"):
+            continue
+        real = getattr(torch.cuda, name)
+        if inspect.isclass(own):
+            for method in set(vars(own)) - set(vars(object)) - {"__dict__", "__weakref__"}:
+                if not method.startswith("__"):
+                    own_names = parameters(getattr(own, method))
+                    if method != "replay":  # bound in C++, without a signature
+                        assert own_names == parameters(getattr(real, method))[: len(own_names)]
+                    assert callable(getattr(real, method))
+        elif name != "get_device_properties":
+            own_names = parameters(getattr(host_cuda.HostCuda, name))
+            assert own_names == parameters(real)[: len(own_names)], name
+    assert "enable_timing" in inspect.signature(torch.cuda.Event.__new__).parameters
+
+
+class Clock:
+    """A device whose time passes only in what is called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.log = 0.0, []
+        clock = self
+
+        class Event(host_cuda.Event):
+            def record(self, stream: Any = None) -> None:
+                self.time = clock.now
+                clock.log.append("mark")
+
+        monkeypatch.setattr(host_cuda.HostCuda, "Event", Event)
+        monkeypatch.setenv("DSNO_KERNELS_DRY_RUN", "1")
+        monkeypatch.setattr(events, "chill", lambda device, reads=1: self.work("chill", 0.5))
+
+    def work(self, name: str, seconds: float) -> None:
+        self.now += seconds
+        self.log.append(name)
+
+
+def test_only_the_call_itself_is_timed_and_its_caches_are_cold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    found = events.time_beside(
+        lambda: clock.work("call", 0.25), lambda: clock.work("eager", 1.0), CPU
+    )
+    assert found["seconds"] == pytest.approx(0.25)
+    assert found["baseline_seconds"] == pytest.approx(1.0)
+    assert found["ratio"] == found["ratio_q1"] == found["ratio_q3"] == pytest.approx(4)
+    assert found["rounds"] >= events.ROUNDS[0]
+    one_round = ["chill", "mark", "eager", "mark", "chill", "mark", "call", "mark"]
+    rounds = clock.log[-len(one_round) * found["rounds"] :]
+    assert rounds == one_round * found["rounds"]
+
+
+def test_the_buffer_is_read_for_as_long_as_the_host_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)  # a read takes half a second
+    reads = [events.reads_that_cover(host, CPU) for host in (0.0, 1.0, 2.0, 1e9)]
+    assert reads[0] == 1
+    assert 0.5 * 4 * reads[1] >= 1.0
+    assert reads == sorted(reads) and reads[-1] == 1 + events.MOST_READS
+
+
+def test_every_shape_is_measured_in_every_precision_and_what_matters_first() -> None:
+    cases = peers.cases("cuda", shapes.GPU_SHAPES)
+    ours = [(s.name, p) for s, p, peer in cases if peer.name == "dsno_kernels[triton]"]
+    wanted = {(s.name, p) for s in shapes.GPU_SHAPES for p in peers.PRECISIONS["cuda"]}
+    assert set(ours) == wanted and len(ours) == len(wanted)
+    assert len(shapes.GPU_SHAPES) == 22
+    assert set(shapes.REPRESENTATIVE) == {s.name for s in shapes.GPU_SHAPES if s.all_peers}
+    whens = [peer.when for _, _, peer in cases]
+    assert whens == sorted(whens)
+    compiled = {(s.name, peer.name) for s, _, peer in cases if peer.when == peers.COMPILED}
+    assert len(compiled) == 2 * len(shapes.REPRESENTATIVE)
+    parts = [(s.name, precision) for precision, some in compile_ahead.parts() for s in some]
+    assert set(parts) == wanted and len(parts) == len(wanted)
+
+
+def test_a_journal_survives_a_cut_and_the_later_entry_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gpu.jsonl"
+    assert journal.write_results(path, tmp_path) is None
+    journal.append(path, {"machine_info": {"gpu": "A"}, "slug": "a"})
+    assert journal.write_results(path, tmp_path) is None
+    for name, seconds in (("x", 1.0), ("y", 2.0), ("x", 3.0)):
+        journal.append(path, {"name": name, "group": "g", "extra_info": {"seconds": seconds}})
+    with path.open("a") as file:
+        file.write('{"name": "z", "extra')
+    monkeypatch.setenv("DSNO_KERNELS_COMMIT", "abc")
+    written = journal.write_results(path, tmp_path)
+    assert written == tmp_path / "a.json"
+    content = json.loads(written.read_text())
+    assert content["commit_info"] == {"id": "abc", "dirty": False}
+    found = {entry["name"]: entry["extra_info"]["seconds"] for entry in content["benchmarks"]}
+    assert found == {"x": 3.0, "y": 2.0}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def python(code: str, **options: Any) -> gpu.Stage:
+    return gpu.Stage("stage", [sys.executable, "-c", code], 60, 10, **options)
+
+
+def test_a_stage_is_stopped_at_its_deadline_with_all_it_started(tmp_path: Path) -> None:
+    """What it printed stays; a child that holds on to its own output is ended with it."""
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print('child', child.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    log = tmp_path / "log"
+    outcome = gpu.run(python(code), 3.0, log, dict(os.environ))
+    assert outcome.state.startswith("stopped at its deadline")
+    assert outcome.seconds < 30
+    pid = int(log.read_text().split("child")[-1])
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().split()[2] in "ZX"
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "seconds", "state"),
+    [
+        ("print('fine')", {}, 60, "passed"),
+        ("raise SystemExit(3)", {}, 60, "failed"),
+        (f"print({gpu.REFUSED!r}); raise SystemExit(1)", {}, 60, "skipped: compute-sanitizer"),
+        ("", {"needs": ("no_such_module",)}, 60, "skipped: no_such_module not installed"),
+        ("", {"skip": "of a reason"}, 60, "skipped: of a reason"),
+        ("", {}, 0.5, "skipped: no time is left"),
+    ],
+)
+def test_the_state_of_a_stage(
+    code: str, options: dict[str, Any], seconds: float, state: str, tmp_path: Path
+) -> None:
+    outcome = gpu.run(python(code, **options), seconds, tmp_path / "log", dict(os.environ))
+    assert outcome.state.startswith(state)
+
+
+@pytest.mark.parametrize(
+    ("stage", "state", "expected"),
+    [
+        ("test", "passed", False),
+        ("test", "failed", True),
+        ("test", "stopped at its deadline of 200 s", True),
+        ("test", "skipped: pytest not installed", True),
+        ("build", "failed", True),
+        ("memcheck", "failed", True),
+        ("memcheck", "skipped: compute-sanitizer is not on PATH", False),
+        ("bench_overhead", "failed", True),
+        ("bench_overhead", "stopped at its deadline of 30 s", False),
+    ],
+)
+def test_what_fails_a_run(stage: str, state: str, expected: bool) -> None:
+    assert gpu.fails(gpu.Outcome(stage, state, 1.0)) is expected
+
+
+def test_later_stages_keep_their_reserve(tmp_path: Path) -> None:
+    made = gpu.stages(tmp_path, tune=True, dry_run=False)
+    left = 60 * gpu.MINUTES
+    assert sum(stage.reserve for stage in made) <= left
+    for i, stage in enumerate(made):  # each takes all that it may
+        seconds = gpu.deadline(stage, made[i + 1 :], left, 1.0)
+        assert stage.reserve <= seconds <= stage.limit
+        left -= seconds
+    assert left >= 0
+
+
+def test_arguments_that_make_no_sense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments in (["--dry-run"], ["--dry-run", "--out", str(tmp_path), "--only", "nothing"]):
+        with pytest.raises(SystemExit) as stopped:
+            gpu.main(arguments)
+        assert stopped.value.code == 2
+    monkeypatch.setattr(gpu, "sees_a_gpu", lambda: False)
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "sees no CUDA device" in capsys.readouterr().out
+    assert not (tmp_path / "gpu.log").exists()
+
+
+def test_a_dry_run_measures_and_reports(tmp_path: Path) -> None:
+    """Machine, a benchmark without pytest-benchmark, the results file, tables and a plot."""
+    only = ["info", "bench_overhead", "memcheck", "report"]
+    options = [option for name in only for option in ("--only", name)]
+    done = dry_run("benchmarks/gpu.py", "--dry-run", "--out", str(tmp_path), *options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    content = json.loads((tmp_path / "dry-run.json").read_text())
+    assert content["machine_info"]["gpu"] == "Dry Run"
+    assert set(content["machine_info"]["gemm_gflops"]) == {"fp32", "bf16x3", "tf32", "bf16"}
+    entries = [entry["extra_info"] for entry in content["benchmarks"]]
+    assert {"overhead", "truncated_rfft", "truncated_irfft"} == {e["op"] for e in entries}
+    timed = [entry for entry in entries if entry["op"] != "overhead"]
+    assert all(entry["timing"].startswith("device events") for entry in timed)
+    assert "Dry Run" in (tmp_path / "gpu_tables.md").read_text()
+    assert "--tool memcheck --error-exitcode" in (tmp_path / "gpu.log").read_text()
+
+
+def test_the_spectral_convolution_is_measured_in_a_dry_run(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.jsonl"
+    chosen = "fno_k32 and forward_backward and not compile"
+    done = dry_run(
+        *("-m", "pytest", "benchmarks/bench_spectral_conv.py", "-q", "-p", "no:benchmark"),
+        *("--device", "cpu", "--journal", str(path), "-k", chosen),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    entries = [line["extra_info"] for line in journal.read(path) if "extra_info" in line]
+    ours = {e["precision"]: e for e in entries if e["peer"] == "dsno_kernels[cpu]"}
+    assert set(ours) == set(peers.PRECISIONS["cuda"])
+    shape = next(s for s in shapes.GPU_SHAPES if s.name == "fno_k32").small()
+    assert ours["fp32"]["bytes"] == shape.least_bytes("forward_backward")
+    assert ours["bf16_io"]["bytes"] == shape.least_bytes("forward_backward", itemsize=2)
+    for entry in ours.values():
+        assert entry["chosen"] and entry["graph_seconds"] >= 0 and entry["peak_ratio"] == 1
+        assert entry["share_of_limit"] == pytest.approx(entry["limit_seconds"] / entry["seconds"])
+    assert ours["bf16_io"]["errors"]["y"] > 1e-4  # x and y are rounded indeed
+
+
+def test_the_gpu_tests_pass_in_a_dry_run() -> None:
+    files = ("test_gpu.py", "test_gpu_device.py", "test_gpu_properties.py")
+    done = dry_run(
+        *("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"),
+        *(f"tests/{name}" for name in files),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+
+
+def test_the_sanitizer_script_checks_what_it_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_sanitizer.main(["--device", "cpu"]) == 0
+    assert "0 of them wrong" in capsys.readouterr().out
+    right = gpu_sanitizer.dk.spectral_conv
+
+    def wrong(x: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        scale = 1.0 if options["backend"] == "reference" else 1.1
+        return scale * right(x, weight, **options)
+
+    monkeypatch.setattr(gpu_sanitizer.dk, "spectral_conv", wrong)
+    assert gpu_sanitizer.main(["--device", "cpu"]) == 1

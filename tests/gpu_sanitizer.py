@@ -36,14 +36,20 @@ CONVOLUTIONS = {
     "more times, bfloat16": ((2, 17, 7, 3, 5), 1, 2, 5, 9, "bf16"),
     "long": ((3, 7, 130), 2, 1, 5, 20, "fp32"),
 }
+# On a GPU too: enough programs for the wide tiles of the launch tables.
+WIDE = {
+    f"wide, {precision}": ((8, 4, 256, 32, 32), 1, 2, 256, 2, precision)
+    for precision in ("tf32", "bf16", "fp32")
+}
 TRANSFORMS = (((3, 5, 7), 3, 1), ((7, 33), 9, 1), ((130, 4, 5), 12, 0), ((3, 2, 300), 65, 2))
 
 Case = tuple[str, str, Callable[..., Any], list[Tensor], float]
 
 
-def cases() -> Iterator[Case]:
+def cases(wide: bool) -> Iterator[Case]:
     """(op, what, function of `*leaves, backend=`, leaves, budget)."""
-    for name, (shape, time_dim, channel_dim, O, K, precision) in CONVOLUTIONS.items():
+    convolutions = CONVOLUTIONS | (WIDE if wide else {})
+    for name, (shape, time_dim, channel_dim, O, K, precision) in convolutions.items():
         options: dict[str, Any] = {"time_dim": time_dim, "channel_dim": channel_dim}
         leaves = [torch.randn(shape), torch.randn(shape[channel_dim], O, K, 2), torch.randn(O)]
         out = list(shape)
@@ -117,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(parser.parse_args(argv).device)
     torch.manual_seed(0)
     ran, failed = 0, 0
-    for op, what, function, leaves, budget in cases():
+    for op, what, function, leaves, budget in cases(wide=device.type == "cuda"):
         request = backends.Request(op, device, torch.float32)
         *expected, g = results(function, [leaf.double() for leaf in leaves], "reference", None)
         for name in NAMES:

@@ -162,7 +162,6 @@ def test_a_stage_is_stopped_at_its_deadline_with_all_it_started(tmp_path: Path) 
     [
         ("print('fine')", {}, 60, "passed"),
         ("raise SystemExit(3)", {}, 60, "failed"),
-        (f"print({gpu.REFUSED!r}); raise SystemExit(1)", {}, 60, "skipped: compute-sanitizer"),
         ("", {"needs": ("no_such_module",)}, 60, "skipped: no_such_module not installed"),
         ("", {"skip": "of a reason"}, 60, "skipped: of a reason"),
         ("", {}, 0.5, "skipped: no time is left"),
@@ -173,6 +172,29 @@ def test_the_state_of_a_stage(
 ) -> None:
     outcome = gpu.run(python(code, **options), seconds, tmp_path / "log", dict(os.environ))
     assert outcome.state.startswith(state)
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "state"),
+    [
+        (0, "42 calls ran\n========= ERROR SUMMARY: 0 errors", "passed"),
+        (0, "========= ERROR SUMMARY: 1 error", "failed"),
+        (0, "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", "failed"),
+        (
+            0,
+            "Warning: Race\nRACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)",
+            "passed,",
+        ),
+        (1, "========= ERROR SUMMARY: 0 errors", "failed"),
+        (0, "42 calls ran, and the tool said nothing", "failed"),
+        (1, f"========= Error: {gpu.REFUSED}", "skipped"),
+        (None, "", "stopped"),
+    ],
+)
+def test_what_the_sanitizer_says(code: int | None, text: str, state: str, tmp_path: Path) -> None:
+    made = {stage.name: stage for stage in gpu.stages(tmp_path, tune=False, dry_run=False)}
+    for name in ("memcheck", "racecheck"):
+        assert gpu.state_of(made[name], code, text, 1.0).startswith(state)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +253,7 @@ def test_a_dry_run_measures_and_reports(tmp_path: Path) -> None:
     timed = [entry for entry in entries if entry["op"] != "overhead"]
     assert all(entry["timing"].startswith("device events") for entry in timed)
     assert "Dry Run" in (tmp_path / "gpu_tables.md").read_text()
-    assert "--tool memcheck --error-exitcode" in (tmp_path / "gpu.log").read_text()
+    assert "--tool memcheck --report-api-errors no" in (tmp_path / "gpu.log").read_text()
 
 
 def test_the_spectral_convolution_is_measured_in_a_dry_run(tmp_path: Path) -> None:

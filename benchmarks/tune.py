@@ -76,8 +76,7 @@ def tune(
 ) -> list[Choice]:
     """Choose rows one after the other, writing each at once, until `budget` seconds are over.
 
-    Where the search is not `bounded` by the model, `most` candidates of a row are tried. A modeled
-    choice never replaces a measured row.
+    `bounded` says that the scores are the model's; a modeled choice never replaces a measured row.
     """
     begin = now()
     table = file.architecture()
@@ -97,11 +96,12 @@ def tune(
         choice = choose(
             key,
             table.rows[key],
-            orders[key] if bounded else orders[key][:most],
+            orders[key],
             guess=guess,
             check=gate.check,
             score=score,
             bounded=bounded,
+            most=most,
             seconds=row_budget,
             now=now,
         )
@@ -175,7 +175,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds-per-row", type=float, default=4.0, help="of timing (default 4)")
     parser.add_argument("--budget", type=float, default=300.0, help="seconds in all (default 300)")
-    parser.add_argument("--most", type=int, default=8, help="candidates timed a row (default 8)")
+    parser.add_argument("--most", type=int, default=8, help="candidates a row (default 8)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiling processes")
     parser.add_argument("--dry-run", action="store_true", help="model the time; needs no GPU")
     parser.add_argument("--write", action="store_true", help="with --dry-run: change the table")

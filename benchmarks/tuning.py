@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -145,9 +146,9 @@ def _ease(one: Launch) -> tuple[int, int]:
 def compiled(one: Launch) -> Report | str:
     """The report of a launch, from the disk if it was compiled before; or why it fails."""
     module = importlib.import_module(one.module)
-    source = getattr(module, one.kernel).cache_key
+    sources = getattr(module, one.kernel).cache_key, inspect.getsource(triton_aot)
     version = importlib.metadata.version("triton")
-    name = hashlib.sha256(repr((source, version, one)).encode()).hexdigest()
+    name = hashlib.sha256(repr((sources, version, one)).encode()).hexdigest()
     path = Path(tempfile.gettempdir()) / f"dsno_kernels_tune_{os.getuid()}" / f"{name}.json"
     if path.exists():
         kept = json.loads(path.read_text())
@@ -172,10 +173,11 @@ def choose(
     check: Callable[[RowKey, Config, bool], Usage],
     score: Score,
     bounded: bool,
+    most: int,
     seconds: float = math.inf,
     now: Callable[[], float] = time.monotonic,
 ) -> Choice:
-    """Try the old configuration, then candidates in order, until `seconds` are over.
+    """Try the old configuration, then at most `most` candidates in order, for `seconds`.
 
     `guess` is the model before compilation. Where it bounds the score from below (`bounded`), the
     search ends at the first candidate that cannot win. The winner passes the whole gate.
@@ -185,7 +187,9 @@ def choose(
     begin = now()
     for config in (old, *(one for one in order if one != old)):
         best = min((one.seconds for one in tried if one.seconds is not None), default=math.inf)
-        if config != old and (now() - begin > seconds or (bounded and guess(config) >= best)):
+        if config != old and (
+            len(tried) > most or now() - begin > seconds or (bounded and guess(config) >= best)
+        ):
             break
         if any(_needs_more(config, *one) for one in unfit):
             continue

@@ -260,8 +260,8 @@ def geometric_mean(times: Sequence[float]) -> float:
 
 
 def guess(work: Work, config: Config) -> Usage:
-    """What a program uses at the least."""
-    registers = cdiv(work.kept + work.loaded, 32 * config.num_warps) + 24
+    """What a program uses at the least: 60 registers of it for addresses and the rest."""
+    registers = cdiv(work.kept + work.loaded // 2, 32 * config.num_warps) + 60
     return Usage(registers, int(work.load) * (config.num_stages - 1), config.num_stages > 1)
 
 

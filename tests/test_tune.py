@@ -223,7 +223,8 @@ def try_all(
         ROW,
         CONFIGS[0],
         CONFIGS[1:],
-        **{"guess": lambda config: 0.0, "check": check, "score": score, "bounded": False} | options,
+        **{"guess": lambda config: 0.0, "check": check, "score": score, "bounded": False, "most": 8}
+        | options,
     )
 
 
@@ -272,6 +273,11 @@ def test_a_row_ends_when_its_time_is_over_but_the_old_one_is_always_timed() -> N
     assert choice.new == CONFIGS[0]
 
 
+def test_only_so_many_candidates_are_tried() -> None:
+    choice = try_all(times_of(10, 9, 8, 7), most=2)
+    assert [one.config for one in choice.tried] == CONFIGS[:3] and choice.new == CONFIGS[2]
+
+
 # The file
 
 
@@ -308,11 +314,15 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     def compiled(one: Launch) -> Report:
         seen.append(one)
         spills = any(value == 256 for name, value in one.constants if name.startswith("BLOCK"))
-        hopper = one.capability == 90 and tuning.test_triton_aot.left_rows(one, dict(one.constants))
-        cores = "wgmma" if hopper and hopper >= 64 else "mma"
-        return Report(128, 16 * spills, 40_000, cores, 8, 0)
+        usage = {"registers": 128, "stack": 16 * spills, "shared": 40_000, "async_copies": 8}
+        return Report(**dict.fromkeys(Report._fields, 0) | usage)
 
     monkeypatch.setattr(tuning, "compiled", compiled)
+    monkeypatch.setattr(
+        tuning.test_triton_aot,
+        "problem_of",
+        lambda one, report: "spills" if report.stack else None,
+    )
     return seen
 
 

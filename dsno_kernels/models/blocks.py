@@ -143,7 +143,7 @@ class AttentionBlock(nn.Module):
         # and channels last has them.
         N, C, H, W = h.shape
         h = h.flatten(2).transpose(1, 2).unflatten(2, (self.num_heads, 3, -1))
-        q, k, v = h.permute(3, 0, 2, 1, 4)  # each [N, heads, P, d]
+        q, k, v = (rows.transpose(1, 2) for rows in h.unbind(3))  # each [N, heads, P, d]
         h = F.scaled_dot_product_attention(q, k, v)
         h = h.transpose(1, 2).reshape(N, H, W, C // 3).permute(0, 3, 1, 2)
         return x + self.NIN_3(h).view(x.shape)

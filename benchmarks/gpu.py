@@ -39,6 +39,9 @@ TAIL = 12  # lines of a stage's output that are shown when it ends
 REFUSED = "Device not supported"  # compute-sanitizer, where the machine's runtime lacks it
 # "ERROR SUMMARY: 2 errors", "RACECHECK SUMMARY: 3 hazards displayed (0 errors, 3 warnings)"
 SUMMARY = re.compile(r"SUMMARY: .*?(\d+) errors?")
+RESTARTS = 8  # of a process of tests whose CUDA context is lost
+LOST = "the CUDA context is lost"  # what benchmarks/restart.py writes then
+NO_TESTS = 5  # pytest's exit code where a share of the tests is empty
 TABLES = ("targets_gpu", "spectral_conv_gpu", "peers_gpu", "overhead_gpu", "model_gpu")
 
 
@@ -51,6 +54,7 @@ class Stage(NamedTuple):
     reserve: float
     needs: tuple[str, ...] = ()  # modules without which it does not run
     skip: str = ""  # why it does not run here
+    shards: int = 0  # processes that share its tests, each started again where CUDA is lost
     environment: dict[str, str] = {}  # noqa: RUF012
 
 
@@ -81,6 +85,7 @@ def stages(out: Path, tune: bool, dry_run: bool) -> list[Stage]:
     python, device = sys.executable, "cpu" if dry_run else "cuda"
     # The stand-in of standin.py on every machine: one path, and pytest-benchmark is not needed.
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
+    pytest += ["-p", "benchmarks.restart"]
     measure = [*pytest, "-q", "-rs", "--device", device, "--journal", str(out / "gpu.jsonl")]
     build = [python, "setup.py", "-q", "build_ext", "--inplace"]
     archs = {} if os.environ.get("TORCH_CUDA_ARCH_LIST") else {"TORCH_CUDA_ARCH_LIST": capability()}
@@ -89,10 +94,8 @@ def stages(out: Path, tune: bool, dry_run: bool) -> list[Stage]:
     interpreted = {"TRITON_INTERPRET": "1"} if dry_run else {}
     tests = ["--continue-on-collection-errors"]
     tests += [str(path.relative_to(ROOT)) for path in gpu_tests()]
-    workers = min(6, (os.cpu_count() or 1) // 2)
-    parallel = workers > 1 and not dry_run and importlib.util.find_spec("xdist")
-    if parallel:
-        tests += ["-n", str(workers)]
+    # Most of their time is Triton's compiler, which takes one core.
+    workers = max(1, min(6, (os.cpu_count() or 1) // 2))
     if dry_run:
         build = [*build[:3], "--name"]
     checks = []
@@ -119,6 +122,7 @@ def stages(out: Path, tune: bool, dry_run: bool) -> list[Stage]:
             200,
             90,
             ("pytest", "torch"),
+            shards=workers,
         ),
         # Without the sanitizer first: whatever Triton compiles is then in its cache.
         Stage("sanitize", once, 60, 15, ("torch",), environment=interpreted),
@@ -141,7 +145,8 @@ def stages(out: Path, tune: bool, dry_run: bool) -> list[Stage]:
     for name, (limit, reserve) in benchmarks.items():
         path = ROOT / "benchmarks" / f"{name}.py"
         missing = "" if path.exists() else f"benchmarks/{name}.py does not exist"
-        made.append(Stage(name, [*measure, str(path)], limit, reserve, ("pytest",), missing))
+        needs = ("pytest", "torch")
+        made.append(Stage(name, [*measure, str(path)], limit, reserve, needs, missing, shards=1))
     if tune:
         command = [python, "benchmarks/tune.py", "--budget", "60"]
         command += ["--dry-run", "--arch", "90"] if dry_run else []
@@ -171,39 +176,96 @@ def report(out: Path) -> list[str]:
     return [*command, "--readme", str(tables)]
 
 
+class Process:
+    """One process of a stage, in a group of its own, with its output in a file."""
+
+    def __init__(self, stage: Stage, index: int, log: Path, environment: dict[str, str]) -> None:
+        self.environment = environment | stage.environment
+        self.output = log.with_suffix(f".{index}")
+        self.begun = log.with_suffix(f".{index}.attempted")
+        self.command = stage.command
+        if stage.shards:
+            shard = f"{index}/{stage.shards}"
+            self.command = [*stage.command, "--attempted", str(self.begun), "--shard", shard]
+        self.restarts = RESTARTS if stage.shards else 0
+        self.failed = self.ran = False
+        for path in (self.output, self.begun):
+            path.unlink(missing_ok=True)
+        self.start()
+
+    def start(self) -> None:
+        with self.output.open("ab") as file:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                env=self.environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def running(self) -> bool:
+        """Whether it still runs; it is started again where a test broke CUDA or the process."""
+        code = self.process.poll()
+        if code is None:
+            return True
+        self.failed = self.failed or code not in (0, NO_TESTS)
+        self.ran = self.ran or code != NO_TESTS
+        lost = self.begun.exists() and self.begun.read_text().splitlines()[-1:] == [LOST]
+        if (code < 0 or lost) and self.restarts:
+            self.restarts -= 1
+            self.kill()
+            self.start()
+            return True
+        return False
+
+    def kill(self) -> None:
+        """End it and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def text(self) -> str:
+        """All it has printed; its files go."""
+        text = self.output.read_text(errors="replace")
+        for path in (self.output, self.begun):
+            path.unlink(missing_ok=True)
+        return text
+
+
 def run(stage: Stage, seconds: float, log: Path, environment: dict[str, str]) -> Outcome:
     """Run a stage for at most `seconds`, its output into the log; show the end of it."""
     missing = [name for name in stage.needs if importlib.util.find_spec(name) is None]
     skip = stage.skip or (f"{', '.join(missing)} not installed" if missing else "")
     skip = skip or ("no time is left" if seconds < 1 else "")
+    title = f"\n==== {stage.name}: {shlex.join(stage.command)}\n"
+    if skip:
+        write(log, f"{title}skipped: {skip}\n")
+        return Outcome(stage.name, f"skipped: {skip}", 0.0)
     start = time.monotonic()
-    with log.open("ab") as file:
-        title = f"\n==== {stage.name}: {shlex.join(stage.command)}\n"
-        file.write(title.encode())
-        file.flush()
-        begin = file.tell()
-        if skip:
-            file.write(f"skipped: {skip}\n".encode())
-            return Outcome(stage.name, f"skipped: {skip}", 0.0)
-        process = subprocess.Popen(
-            stage.command,
-            cwd=ROOT,
-            env=environment | stage.environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:  # also what it started, and also when this script is interrupted
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    text = log.read_bytes()[begin:].decode(errors="replace")
+    processes: list[Process] = []
+    try:
+        for index in range(max(1, stage.shards)):
+            processes.append(Process(stage, index, log, environment))
+        while sum(process.running() for process in processes):  # every one is asked
+            if time.monotonic() - start > seconds:
+                break
+            time.sleep(0.05)
+        stopped = any(process.process.poll() is None for process in processes)
+    finally:  # also when this script is interrupted
+        for process in processes:
+            process.kill()
+        text = "".join(process.text() for process in processes)
+        write(log, title + text)
     print("\n".join(text.splitlines()[-TAIL:]), flush=True)
+    failed = any(process.failed for process in processes)
+    code = None if stopped else int(failed or not any(process.ran for process in processes))
     return Outcome(stage.name, state_of(stage, code, text, seconds), time.monotonic() - start)
+
+
+def write(log: Path, text: str) -> None:
+    with log.open("a") as file:
+        file.write(text)
 
 
 def state_of(stage: Stage, code: int | None, text: str, seconds: float) -> str:

@@ -22,7 +22,7 @@ Call = Callable[[Tensor, Tensor], Tensor]
 BASELINE = "eager"
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 # "bf16_io" is bf16 with x, y and their gradients in bfloat16 too; the others have them in float32.
-PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("tf32", "bf16_io", "fp32", "bf16x3", "bf16")}
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("bf16_io", "tf32", "fp32", "bf16x3", "bf16")}
 # The fused kernels serve short times on a GPU; the CUDA C++ path is measured beyond.
 CUDA_FROM = 16
 

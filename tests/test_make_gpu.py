@@ -157,6 +157,50 @@ def test_a_stage_is_stopped_at_its_deadline_with_all_it_started(tmp_path: Path) 
     assert not state.exists() or state.read_text().split()[2] in "ZX"
 
 
+BROKEN = """
+import os
+import pytest
+import torch
+
+def no_context(*_):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+@pytest.mark.parametrize("i", range(9))
+def test_one(i, monkeypatch):
+    print("ran", i)
+    if i == 2:
+        os.abort()
+    if i == 4:
+        torch.cuda.is_initialized, torch.cuda.synchronize = (lambda: True), no_context
+        no_context()
+    assert not torch.cuda.is_initialized()
+"""
+
+
+def test_tests_go_on_behind_one_that_breaks_cuda(tmp_path: Path) -> None:
+    """One that ends the process and one that loses the context cost themselves only."""
+    (tmp_path / "test_broken.py").write_text(BROKEN)
+    options = ["-p", "no:cacheprovider", "-p", "benchmarks.restart", "-c", os.devnull, "-v"]
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_broken.py")]
+    log, environment = tmp_path / "log", os.environ | {"PYTHONPATH": str(ROOT)}
+    stage = gpu.Stage("test", command, 60, 10, shards=2)
+    assert gpu.run(stage, 120, log, environment).state == "failed"
+    text = log.read_text()
+    for i in range(9):
+        assert text.count(f"test_one[{i}] PASSED") == (i not in (2, 4)), i
+    assert text.count("test_one[4] FAILED") == 1
+    assert text.count("test_one[2] ") == 1
+    assert sorted(path.name for path in tmp_path.glob("log*")) == ["log"]
+
+
+def test_a_stage_without_a_test_has_not_passed(tmp_path: Path) -> None:
+    (tmp_path / "test_nothing.py").write_text("")
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.restart", "-c", os.devnull]
+    stage = gpu.Stage("test", [*command, str(tmp_path)], 60, 10, shards=2)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert gpu.run(stage, 60, tmp_path / "log", environment).state == "failed"
+
+
 @pytest.mark.parametrize(
     ("code", "options", "seconds", "state"),
     [

@@ -1,11 +1,11 @@
 """Diffusion samplers: noising processes, time grids, and solver plans (tables of coefficients)."""
 
+from dsno_kernels.diffusion.discrete import DiscreteVP
 from dsno_kernels.diffusion.grids import time_grid
 from dsno_kernels.diffusion.plan import SolverPlan
 from dsno_kernels.diffusion.processes import (
     EDM,
     VE,
-    DiscreteVP,
     FlowMatching,
     Process,
     VPCosine,

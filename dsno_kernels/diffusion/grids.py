@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsno_kernels.diffusion.processes import DiscreteVP, Process, Real, as_float64
+from dsno_kernels.diffusion.discrete import DiscreteVP
+from dsno_kernels.diffusion.processes import Process, Real, as_float64
 
 KINDS = (
     *("uniform", "quadratic", "power", "log_snr", "exponential", "rho", "karras", "beta"),
@@ -140,16 +141,16 @@ def time_range(process: object) -> tuple[float, float]:
 
 
 def stacked(name: str, times: object) -> Tensor:
-    """A tensor of a tensor, of numbers, or of a list that holds 0-d tensors."""
+    """A float64 tensor on the CPU, of a tensor, of numbers, or of a list with 0-d tensors."""
     if isinstance(times, Sequence) and any(isinstance(t, Tensor) for t in times):
-        return torch.stack([as_float64(f"{name}[{i}]", t) for i, t in enumerate(times)])
-    return as_float64(name, times)
+        return torch.stack([as_float64(f"{name}[{i}]", t).cpu() for i, t in enumerate(times)])
+    return as_float64(name, times).cpu()
 
 
 def _continuous(
     process: Process, steps: int, kind: str, order: float, start: float, end: float
 ) -> Tensor:
-    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
 
     def between(a: Real, b: Real) -> Tensor:
         return a + u * (b - a)
@@ -185,7 +186,7 @@ def _discrete(process: Process, steps: int, kind: str, end: float | None) -> Ten
     if not isinstance(process, DiscreteVP):
         raise ValueError(f"kind {kind!r} is for the integer times of a DiscreteVP, got {process}")
     n = len(process.alphas_cumprod)
-    k = torch.arange(steps, -1, -1, dtype=torch.float64)
+    k = torch.arange(steps, -1, -1, dtype=torch.float64, device="cpu")
     if kind == "trailing":
         times = torch.round(n * k / steps) - 1
         times[-1] = process.t_min

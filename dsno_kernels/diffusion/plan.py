@@ -15,37 +15,28 @@ UniPC corrects base and looks ahead to the next point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsno_kernels.diffusion._table import (
+    Settings,
+    check_choices,
+    check_seeds,
+    columns_of,
+    numbers,
+)
 from dsno_kernels.diffusion.grids import check_range, check_times, stacked
-from dsno_kernels.diffusion.predictions import HISTORIES, PREDICTIONS, conversion, input_scale
 from dsno_kernels.diffusion.processes import Process
-from dsno_kernels.diffusion.solvers import Solver, find
-from dsno_kernels.diffusion.solvers._problem import END_POLICIES, Churn, Points, Problem, Rows
+from dsno_kernels.diffusion.solvers import find
+from dsno_kernels.diffusion.solvers._problem import Churn
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """The arguments of `SolverPlan.build` that are not times: hashable, for the cache."""
-
-    process: Any
-    solver: Solver
-    history: str
-    end: str
-    prediction: str
-    eta: float | None
-    churn: Churn
-    backwards: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,14 +46,12 @@ class SolverPlan:
     Attributes:
         table: float64, ``(evaluations, columns)``, on the CPU; differentiable in the grid if the
             grid requires gradients. Do not change it in place: plans are shared.
-        columns: slices of the table by name: A, B, a_b, c_b, s, a_p, c_p, c_in, in this order.
-            Row i's c_in scales the input of evaluation i + 1.
+        history_length: K, the number of history entries that a row may use.
         grid: the N + 1 times.
         model_times: the time of each evaluation, ``(evaluations,)``.
         times: the time of base after each row, ``(evaluations,)``.
         initial: ``(2,)``: base starts as initial[0] * x + initial[1] * noise.
         initial_c_in: 0-d; scales the input of the first evaluation.
-        history_length: K, the number of history entries that a row may use.
     """
 
     grid: Tensor
@@ -72,12 +61,12 @@ class SolverPlan:
     initial: Tensor
     initial_c_in: Tensor
     history_length: int
-    columns: Mapping[str, slice]
-    _settings: _Settings = field(repr=False)
-    _seeds: Tensor = field(repr=False)
-    _given_model_times: bool = field(repr=False)
+    _settings: Settings
+    _seeds: Tensor
+    _given_model_times: bool
 
     @classmethod
+    @torch.inference_mode(False)  # a shared plan must not hold inference tensors
     def build(
         cls,
         process: Any,
@@ -139,9 +128,10 @@ class SolverPlan:
             if not callable(getattr(process, name, None)):
                 raise TypeError(f"process must have a method {name}, got {process!r}")
         times = check_times(process, grid)
-        seeds, calls = times.new_empty(0), None
+        seeds: Tensor = times.new_empty(0)
+        calls: Tensor | None = None
         if not isinstance(start, str):
-            seeds = _check_seeds(times, start)
+            seeds = check_seeds(times, start)
         elif start != "warm_up":
             raise ValueError(f"start must be 'warm_up' or times before grid[0], got {start!r}")
         if denoiser_times is not None:
@@ -149,10 +139,10 @@ class SolverPlan:
             check_range(process, calls, "denoiser_times")
         found = find(solver, order)
         churn = Churn(float(S_churn), float(S_min), float(S_max), float(S_noise))
-        _check_choices(found, process, history, end, prediction, eta, churn)
-        settings = _Settings(
+        check_choices(found, process, history, end, prediction, eta, churn)
+        settings = Settings(
             process=process,
-            solver=found,
+            solver=found.name,
             history=history or found.histories[0],
             end=end,
             prediction=prediction,
@@ -166,9 +156,16 @@ class SolverPlan:
         """NFE: the number of rows."""
         return len(self.table)
 
+    @cached_property
+    def columns(self) -> dict[str, slice]:
+        """Slices of the table by name: A, B, a_b, c_b, s, a_p, c_p, c_in, in this order. Row i's
+        c_in scales the input of evaluation i + 1.
+        """
+        return columns_of(self.history_length)
+
     @property
     def solver(self) -> str:
-        return self._settings.solver.name
+        return self._settings.solver
 
     @property
     def process(self) -> Any:
@@ -205,6 +202,7 @@ class SolverPlan:
         """Whether noise is added anywhere."""
         return bool((self.column("s").detach() != 0).any()) or float(self.initial[1]) != 0
 
+    @torch.inference_mode(False)
     def reversed(self) -> SolverPlan:
         """The same solver from data to noise: the grid backwards.
 
@@ -215,8 +213,7 @@ class SolverPlan:
             raise ValueError(
                 "only a plan without noise, denoiser_times and seeded history can be reversed"
             )
-        settings = {**vars(self._settings), "backwards": not self._settings.backwards}
-        return _built(_Settings(**settings), self.grid.flip(0), self._seeds, None)
+        return _built(self._settings, self.grid.flip(0), self._seeds, None)
 
     def replay(
         self,
@@ -298,56 +295,8 @@ def _combined(c: Tensor, entries: Sequence[Tensor]) -> Tensor | float:
     return sum(terms[1:], terms[0]) if terms else 0.0
 
 
-def _check_seeds(grid: Tensor, start: object) -> Tensor:
-    seeds = stacked("start", start)
-    if seeds.ndim != 1:
-        raise ValueError(f"start must hold times, shape (m,), got {tuple(seeds.shape)}")
-    chain = [float(grid[0].detach()), *seeds.detach().tolist()]
-    for i in range(1, len(chain)):
-        if not chain[i] > chain[i - 1]:
-            raise ValueError(
-                f"start must hold ever earlier times before grid[0] = {chain[0]}, newest first: "
-                f"start[{i - 1}] = {chain[i]}"
-            )
-    return seeds
-
-
-def _check_choices(
-    solver: Solver,
-    process: Any,
-    history: str | None,
-    end: str,
-    prediction: str,
-    eta: float | None,
-    churn: Churn,
-) -> None:
-    if history is not None and history not in HISTORIES:
-        raise ValueError(f"unknown history {history!r}; known are {', '.join(HISTORIES)}")
-    if history is not None and history not in solver.histories:
-        raise ValueError(
-            f"solver {solver.name!r} works on {' or '.join(solver.histories)} history, not on "
-            f"{history!r}"
-        )
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"unknown prediction {prediction!r}; known are {', '.join(PREDICTIONS)}")
-    if prediction == "edm" and not callable(getattr(process, "preconditioning", None)):
-        raise ValueError(f"prediction 'edm' needs a process with preconditioning, got {process!r}")
-    if end not in END_POLICIES:
-        raise ValueError(f"unknown end {end!r}; known are {', '.join(END_POLICIES)}")
-    if eta is not None and solver.noise is None:
-        raise ValueError(f"solver {solver.name!r} takes no eta")
-    if eta is not None and not (eta >= 0 and (solver.name != "ddim" or eta <= 1)):
-        raise ValueError(f"eta must be at least 0, and at most 1 for ddim, got {eta}")
-    if not (churn.S_churn >= 0 and churn.S_noise >= 0):
-        raise ValueError(
-            f"S_churn and S_noise must be at least 0, got {churn.S_churn} and {churn.S_noise}"
-        )
-    if churn.S_churn > 0 and not solver.churn:
-        raise ValueError(f"solver {solver.name!r} takes no churn; 'euler' and 'heun' do")
-
-
 def _built(
-    settings: _Settings, grid: Tensor, seeds: Tensor, model_times: Tensor | None
+    settings: Settings, grid: Tensor, seeds: Tensor, model_times: Tensor | None
 ) -> SolverPlan:
     given = [grid, seeds] if model_times is None else [grid, seeds, model_times]
     plain = isinstance(settings.process, Process) and settings.process.plain()
@@ -357,84 +306,20 @@ def _built(
 
 
 @lru_cache(maxsize=64)
-def _cached(settings: _Settings, *given: tuple[float, ...]) -> SolverPlan:
-    grid, seeds, *calls = (torch.tensor(times, dtype=torch.float64) for times in given)
+def _cached(settings: Settings, *given: tuple[float, ...]) -> SolverPlan:
+    grid, seeds, *calls = (torch.tensor(t, dtype=torch.float64, device="cpu") for t in given)
     return _computed(settings, grid, seeds, calls[0] if calls else None)
 
 
 def _computed(
-    settings: _Settings, grid: Tensor, seeds: Tensor, model_times: Tensor | None
+    settings: Settings, grid: Tensor, seeds: Tensor, model_times: Tensor | None
 ) -> SolverPlan:
-    process = settings.process
-    problem = Problem(
-        process=process,
-        points=Points.at(process, grid),
-        seeds=Points.at(process, seeds),
-        history=settings.history,
-        end=settings.end,
-        eta=settings.eta,
-        churn=settings.churn,
-    )
-    if settings.history == "flow":
-        _check_flow(problem)
-    rows = settings.solver.make(problem)
-    calls = rows.model_times if model_times is None else model_times
-    if calls.shape != rows.model_times.shape:
-        raise ValueError(
-            f"denoiser_times must hold one time an evaluation, shape "
-            f"{tuple(rows.model_times.shape)}, got {tuple(calls.shape)}"
-        )
-    A, B = conversion(settings.prediction, settings.history, process, calls)
-    c_in = input_scale(settings.prediction, process, calls)
-    after = torch.cat([c_in[1:], torch.ones_like(c_in[:1])])
-    parts = {"A": A, "B": B, "a_b": rows.a_b, "c_b": rows.c_b, "s": rows.s}
-    parts |= {"a_p": rows.a_p, "c_p": rows.c_p, "c_in": after}
-    blocks = [block if block.ndim == 2 else block[:, None] for block in parts.values()]
-    columns, first = {}, 0
-    for name, block in zip(parts, blocks, strict=True):
-        columns[name] = slice(first, first + block.shape[1])
-        first += block.shape[1]
-    table = torch.cat(blocks, 1)
-    _check_finite(settings, table, columns, rows, calls)
+    with torch.device("cpu"):  # whatever the default device is
+        made = numbers(settings, grid, seeds, model_times)
     return SolverPlan(
         grid=grid,
-        table=table,
-        model_times=calls,
-        times=rows.times,
-        initial=rows.initial,
-        initial_c_in=c_in[0],
-        history_length=rows.c_b.shape[1],
-        columns=MappingProxyType(columns),
+        **made._asdict(),
         _settings=settings,
         _seeds=seeds,
         _given_model_times=model_times is not None,
-    )
-
-
-def _check_flow(problem: Problem) -> None:
-    total = (problem.points.alpha + problem.points.sigma).detach()
-    if not bool(((total - 1).abs() < 1e-12).all()):
-        raise ValueError(
-            f"flow history needs alpha + sigma = 1, which {problem.process!r} does not have; "
-            "use prediction='flow' with another history"
-        )
-
-
-def _check_finite(
-    settings: _Settings, table: Tensor, columns: Mapping[str, slice], rows: Rows, calls: Tensor
-) -> None:
-    bad = (~torch.isfinite(table.detach())).nonzero()
-    if len(bad) == 0:
-        return
-    row, column = bad[0].tolist()
-    name = next(name for name, where in columns.items() if where.start <= column < where.stop)
-    t = float(calls[row].detach())
-    alpha, sigma = (
-        float(of(calls[row].detach())) for of in (settings.process.alpha, settings.process.sigma)
-    )
-    raise ValueError(
-        f"{name} of row {row} is not finite: solver {settings.solver.name!r} on "
-        f"{settings.history} history from {settings.prediction} predictions at t = {t}, where "
-        f"alpha = {alpha:.3g} and sigma = {sigma:.3g}; use another history or move that "
-        "time inwards"
     )

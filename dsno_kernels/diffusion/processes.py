@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,14 +25,16 @@ Real = float | Tensor
 
 
 def as_float64(name: str, value: object) -> Tensor:
-    """A real float64 tensor; the graph of a tensor is kept."""
+    """A real float64 tensor, never an inference tensor; the graph of a tensor is kept."""
     if not isinstance(value, Tensor):
         try:
-            value = torch.as_tensor(value, dtype=torch.float64)
+            value = torch.as_tensor(value, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name} must be a real number or a tensor, got {value!r}") from None
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be real, got {value.dtype}")
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        value = value.clone()
     return value.to(torch.float64)
 
 
@@ -88,11 +88,12 @@ class Process(ABC):
         return c_skip, rho * self.sigma_data * total.rsqrt(), total.rsqrt() / alpha
 
     def plain(self) -> bool:
-        """Whether no parameter is a tensor, so that equal processes have equal plans."""
-        return not any(isinstance(value, Tensor) for value in vars(self).values())
+        """Whether equal processes have equal plans: it can be hashed and holds no tensor."""
+        tensors = any(isinstance(value, Tensor) for value in vars(self).values())
+        return type(self).__hash__ is not None and not tensors
 
 
-class _VP(Process):
+class VP(Process):
     """alpha^2 + sigma^2 = 1, given y(t) = -log alpha^2 and its inverse."""
 
     @abstractmethod
@@ -117,7 +118,7 @@ class _VP(Process):
 
 
 @dataclass(frozen=True)
-class VPLinear(_VP):
+class VPLinear(VP):
     """Variance preserving, beta(t) = beta_min + t (beta_max - beta_min).
 
     Args:
@@ -179,124 +180,48 @@ class VPCosine(Process):
         _ordered("t_min", self.t_min, "t_max", self.t_max)
         if self.t_max > 1:
             raise ValueError(f"t_max must be at most 1, got {self.t_max}")
-        if float(self.s) < 0:
-            raise ValueError(f"s must be at least 0, got {float(self.s)}")
+        if _number(self.s) < 0:
+            raise ValueError(f"s must be at least 0, got {_number(self.s)}")
 
     @property
     def t_zero(self) -> float | None:  # type: ignore[override]
         return 0.0 if self.normalized else None
 
-    def _angle(self, t: Real) -> Tensor:
-        return (as_float64("t", t) + self.s) / (1.0 + self.s) * (0.5 * math.pi)
+    def _angles(self, t: Real) -> tuple[Tensor, Tensor]:
+        """theta_0, where sigma vanishes, and theta(t) - theta_0, which must not cancel."""
+        t = as_float64("t", t)
+        scale = 0.5 * math.pi / (1.0 + self.s)
+        if self.normalized:
+            return torch.zeros_like(t) + self.s * scale, t * scale
+        return torch.zeros_like(t), (t + self.s) * scale
 
-    def _start(self, like: Tensor) -> Tensor:
-        """The angle at which sigma vanishes."""
-        return self._angle(torch.zeros_like(like)) if self.normalized else torch.zeros_like(like)
+    def _cos(self, t: Real) -> Tensor:
+        """cos theta(t), which must not cancel near t = 1."""
+        return torch.sin((1.0 - as_float64("t", t)) * (0.5 * math.pi / (1.0 + self.s)))
 
     def alpha(self, t: Real) -> Tensor:
-        angle = self._angle(t)
-        return torch.cos(angle) / torch.cos(self._start(angle))
+        return self._cos(t) / torch.cos(self._angles(t)[0])
 
     def sigma(self, t: Real) -> Tensor:
-        angle = self._angle(t)
-        start = self._start(angle)
+        start, angle = self._angles(t)
         # cos^2 b - cos^2 a = sin(a - b) sin(a + b)
-        return torch.sqrt(torch.sin(angle - start) * torch.sin(angle + start)) / torch.cos(start)
+        return torch.sqrt(torch.sin(angle) * torch.sin(2.0 * start + angle)) / torch.cos(start)
 
     def log_snr(self, t: Real) -> Tensor:
-        angle = self._angle(t)
-        start = self._start(angle)
-        noise = torch.sin(angle - start) * torch.sin(angle + start)
-        return torch.log(torch.cos(angle)) - 0.5 * torch.log(noise)
+        start, angle = self._angles(t)
+        noise = torch.sin(angle) * torch.sin(2.0 * start + angle)
+        return torch.log(self._cos(t)) - 0.5 * torch.log(noise)
 
     def inverse(self, log_snr: Real) -> Tensor:
         doubled = 2.0 * as_float64("log_snr", log_snr)
-        start = self._start(doubled)
-        signal = torch.sigmoid(doubled)
-        sine = torch.sqrt(torch.sin(start) ** 2 * signal + torch.sigmoid(-doubled))
-        angle = torch.atan2(sine, torch.cos(start) * torch.sqrt(signal))
-        return angle * (2.0 / math.pi) * (1.0 + self.s) - self.s
-
-
-class DiscreteVP(_VP):
-    """Variance preserving, given at the integer times 0..n-1 of a discrete model; log alpha is
-    linear between them, and from alpha = 1 at t = -1 to t = 0.
-
-    Args:
-        alphas_cumprod: alpha^2 at the integer times, ``(n,)``, strictly decreasing inside (0, 1).
-
-    Raises:
-        TypeError: not real numbers. ValueError: not such a sequence.
-
-    Source: DDPM (arXiv 2006.11239); the interpolation is that of DPM-Solver (arXiv 2206.00927).
-
-    Example:
-        >>> process = dk.diffusion.DiscreteVP.scaled_linear()  # Stable Diffusion
-        >>> dk.diffusion.time_grid(process, 4, kind="leading")
-        tensor([800., 600., 400., 200.,   0.], dtype=torch.float64)
-    """
-
-    t_min = 0.0
-    t_zero = -1.0
-
-    def __init__(self, alphas_cumprod: Tensor | np.ndarray | Sequence[float]) -> None:
-        given = as_float64("alphas_cumprod", alphas_cumprod)
-        values = given.detach()
-        if values.ndim != 1 or len(values) == 0:
-            raise ValueError(f"alphas_cumprod must have shape (n,), got {tuple(values.shape)}")
-        inside = bool(((values > 0) & (values < 1)).all())
-        if not inside or bool((values[1:] >= values[:-1]).any()):
-            raise ValueError("alphas_cumprod must be strictly decreasing and inside (0, 1)")
-        self.alphas_cumprod = given
-        self.t_max = float(len(values) - 1)
-        self._exponents = torch.cat([-torch.log(given.new_ones(1)), -torch.log(given)])
-        self._kinks = self.log_snr(torch.arange(len(values), dtype=torch.float64)).detach()
-
-    @classmethod
-    def linear(cls, n: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteVP:
-        """beta from beta_start to beta_end in equal steps (DDPM)."""
-        return cls.from_betas(torch.linspace(beta_start, beta_end, n, dtype=torch.float64))
-
-    @classmethod
-    def scaled_linear(
-        cls, n: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
-    ) -> DiscreteVP:
-        """sqrt(beta) in equal steps (latent diffusion)."""
-        roots = torch.linspace(beta_start**0.5, beta_end**0.5, n, dtype=torch.float64)
-        return cls.from_betas(roots.square())
-
-    @classmethod
-    def squaredcos_cap_v2(cls, n: int = 1000, max_beta: float = 0.999) -> DiscreteVP:
-        """The ratios of squared cosines, capped (improved DDPM)."""
-        angle = (torch.arange(n + 1, dtype=torch.float64) / n + 0.008) / 1.008 * (math.pi / 2)
-        signal = torch.cos(angle).square()
-        return cls.from_betas((1 - signal[1:] / signal[:-1]).clamp(max=max_beta))
-
-    @classmethod
-    def from_betas(cls, betas: Tensor) -> DiscreteVP:
-        """alphas_cumprod = cumprod(1 - betas)."""
-        return cls(torch.exp(torch.cumsum(torch.log1p(-as_float64("betas", betas)), 0)))
-
-    def __repr__(self) -> str:
-        return f"DiscreteVP(n={len(self.alphas_cumprod)})"
-
-    def plain(self) -> bool:
-        return not self.alphas_cumprod.requires_grad
-
-    def kinks(self) -> Tensor:
-        return self._kinks
-
-    def _exponent(self, t: Tensor) -> Tensor:
-        y = self._exponents.to(t.device)
-        low = t.detach().floor().long().clamp(-1, len(y) - 3 if len(y) > 2 else -1)
-        below, above = y[low + 1], y[low + 2]
-        return below + (t - low) * (above - below)
-
-    def _time(self, exponent: Tensor) -> Tensor:
-        y = self._exponents.to(exponent.device)
-        low = torch.searchsorted(y.detach(), exponent.detach().contiguous(), right=True) - 1
-        low = low.clamp(0, len(y) - 2)
-        return low - 1 + (exponent - y[low]) / (y[low + 1] - y[low])
+        start, _ = self._angles(torch.zeros_like(doubled))
+        signal, noise = torch.sigmoid(doubled), torch.sigmoid(-doubled)  # alpha^2, sigma^2
+        cos0, sin0 = torch.cos(start), torch.sin(start)
+        cos, sin = cos0 * torch.sqrt(signal), torch.sqrt(sin0**2 * signal + noise)
+        # sin(a - b) = (sin^2 a - sin^2 b) / sin(a + b)
+        angle = torch.atan2(cos0**2 * noise / (sin * cos0 + cos * sin0), cos * cos0 + sin * sin0)
+        t = angle * (2.0 / math.pi) * (1.0 + self.s)
+        return t if self.normalized else t - self.s
 
 
 @dataclass(frozen=True)
@@ -317,7 +242,7 @@ class VE(Process):
     sigma_max: Real = 100.0
     t_min: float = 0.0
     t_max: float = 1.0
-    t_zero: float | None = None
+    t_zero = None
 
     def __post_init__(self) -> None:
         _ordered("sigma_min", self.sigma_min, "sigma_max", self.sigma_max, positive=True)
@@ -406,8 +331,8 @@ class FlowMatching(Process):
     t_max: float = 1.0
 
     def __post_init__(self) -> None:
-        if not float(self.shift) > 0:
-            raise ValueError(f"shift must be positive, got {float(self.shift)}")
+        if not _number(self.shift) > 0:
+            raise ValueError(f"shift must be positive, got {_number(self.shift)}")
         _ordered("t_min", self.t_min, "t_max", self.t_max)
         if self.t_max > 1:
             raise ValueError(f"t_max must be at most 1, got {self.t_max}")
@@ -430,7 +355,11 @@ class FlowMatching(Process):
 
 
 def _ordered(low: str, a: Real, high: str, b: Real, positive: bool = False) -> None:
-    x, y = float(a), float(b)
+    x, y = _number(a), _number(b)
     if not (x < y and (x > 0 if positive else x >= 0) and math.isfinite(y)):
         sign = "<" if positive else "<="
         raise ValueError(f"0 {sign} {low} < {high} is required, got {low}={x}, {high}={y}")
+
+
+def _number(value: Real) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)

@@ -93,31 +93,35 @@ class Problem:
         """h = log_snr' - log_snr of each step, ``(N,)``; infinite at sigma = 0 or alpha = 0."""
         return self.points.log_snr[1:] - self.points.log_snr[:-1]
 
-    def orders(self, order: int, log_nodes: bool) -> Tensor:
+    def orders(self, order: int, variable: str = "log_snr") -> Tensor:
         """The order of each step, ``(N,)``: as many history entries as there are, at most `order`,
-        fewer at the end if the policy says so; 1 where a solver that interpolates in log_snr, or
-        one with x0 history, meets an infinite one.
+        fewer at the end if the policy says so. An entry whose `variable` ("t", "rho" or "log_snr")
+        is infinite does not count; steps to or from an infinite log_snr have order 1 if the solver
+        interpolates in log_snr or has x0 history.
         """
         steps, i = self.steps, torch.arange(self.steps)
         available = i + 1 + len(self.seeds.t)
-        if log_nodes:
-            first = self.seeds.log_snr[-1:] if len(self.seeds.t) else self.points.log_snr[:1]
-            available = (available - int(torch.isinf(first))).clamp(min=1)
+        first = (self.seeds.log_snr if len(self.seeds.t) else self.points.log_snr[:1])[-1]
+        if (variable == "log_snr" and torch.isinf(first)) or (
+            variable == "rho" and first == -torch.inf
+        ):
+            available = (available - 1).clamp(min=1)
         orders = available.clamp(max=order)
         if self.end == "lower_order_final":
             orders = torch.minimum(orders, steps - i)
         elif self.end == "euler_at_final":
             orders[-1] = 1
-        if log_nodes or self.history == "x0":
+        if variable == "log_snr" or self.history == "x0":
             orders = torch.where(torch.isinf(self.span().detach()), 1, orders)
         return orders
 
     def nodes(self, of: Callable[[Points], Tensor], count: int) -> Tensor:
-        """Values at the times of the history, newest first, ``(N, count)``; the oldest one stands
-        in for those that do not exist.
+        """Values at the times of the history, newest first, ``(N, count)``. Those that `orders`
+        does not count, because they do not exist or are infinite, are any finite number.
         """
         m = len(self.seeds.t)
         values = torch.cat([of(self.seeds).flip(0), of(self.points)[:-1]])
+        values = torch.where(torch.isfinite(values), values, 0.0)
         index = m + torch.arange(self.steps)[:, None] - torch.arange(count)
         return values[index.clamp(min=0)]
 

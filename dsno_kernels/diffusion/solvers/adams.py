@@ -4,10 +4,10 @@ r"""Adams-Bashforth solvers: the history is interpolated by a polynomial and int
     L_j(u) = \prod_{k \ne j} \frac{u - u_k}{u_j - u_k}
 
 u is the time (tab), rho (rhoab) or log-SNR (logrhoab); (s, w) as in :mod:`._problem`. The integral
-is a Gauss-Legendre sum in log-SNR over panels of at most one unit: there the integrand is a
-polynomial in u times :math:`e^{\pm\lambda}`, and :math:`t(\lambda)` of every process here has its
-nearest singularity at a distance of :math:`\pi/2`, so 16 nodes leave less than 1e-20. Panels also
-end where the process is not smooth.
+is a Gauss-Legendre sum of 16 nodes over panels of at most half a unit of log-SNR. There the
+integrand is smooth: in log-SNR, singularities of the processes lie at a distance of
+:math:`\pi/2`; in time, :math:`\rho \sim \sqrt t` at t = 0 is the nearest, and leaves 3e-20. Panels
+also end where the process is not smooth.
 
 Source: DEIS (arXiv 2204.13902), equations 14-15; iPNDM: section 3.4 and PNDM (arXiv 2202.09778).
 """
@@ -21,12 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dsno_kernels.diffusion.solvers._problem import Points, Problem, Rows, transfer
 
 # The rest of an integral that ends at log_snr = inf, where w falls like exp(-log_snr): 1e-26.
 _TAIL = 60.0
-_LEGENDRE = np.polynomial.legendre.leggauss(16)
+_PANEL = 0.5
+_NODES, _WEIGHTS = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(16))
+_NODES, _WEIGHTS = 0.5 + 0.5 * _NODES, 0.5 * _WEIGHTS  # on [0, 1]
 
 _ADAMS_BASHFORTH = (
     (1.0, 0.0, 0.0, 0.0),
@@ -51,19 +54,22 @@ _AT_POINTS: dict[str, Callable[[Points], Tensor]] = {
 
 def adams(problem: Problem, degree: int, variable: str) -> Rows:
     """Interpolate up to degree + 1 entries in `variable`: "t", "rho" or "log_snr"."""
-    orders = problem.orders(degree + 1, log_nodes=variable == "log_snr")
+    orders = problem.orders(degree + 1, variable)
     begin, end = problem.points.part(slice(-1)), problem.points.part(slice(1, None))
     a, total = transfer(problem.history, begin, end)
     width = int(orders.max())
-    scale = {"eps": end.alpha, "x0": end.sigma, "flow": torch.ones_like(a)}[problem.history]
-    c = scale[:, None] * _integrals(problem, orders, width, variable)
-    first = torch.nn.functional.pad(total[:, None], (0, width - 1))
-    return Rows.multistep(problem.points, a, torch.where(orders[:, None] == 1, first, c))
+    c = pad(total[:, None], (0, width - 1))
+    rows = (orders > 1).nonzero()[:, 0]
+    if len(rows):
+        scale = {"eps": end.alpha, "x0": end.sigma, "flow": torch.ones_like(a)}[problem.history]
+        integrals = _integrals(problem, rows, orders[rows], width, variable)
+        c = c.index_put((rows,), scale[rows, None] * integrals)
+    return Rows.multistep(problem.points, a, c)
 
 
 def ipndm(problem: Problem, order: int) -> Rows:
     """Weights of equal steps whatever the grid: x' = a x + s'(w' - w) sum_j b_j h_j."""
-    orders = problem.orders(order, log_nodes=False)
+    orders = problem.orders(order, "t")
     begin, end = problem.points.part(slice(-1)), problem.points.part(slice(1, None))
     a, total = transfer(problem.history, begin, end)
     weights = total.new_tensor(_ADAMS_BASHFORTH)[orders - 1, : int(orders.max())]
@@ -91,29 +97,41 @@ def ddim(problem: Problem) -> Rows:
     return Rows.multistep(problem.points, a, (end.alpha - a * begin.alpha)[:, None], s)
 
 
-def _integrals(problem: Problem, orders: Tensor, width: int, variable: str) -> Tensor:
-    """The integrals of L_j dw over each step, ``(N, width)``; 0 from the step's order on."""
-    log_snr = _finite(problem.points.log_snr)
-    row, lower, upper = _panels(problem.process, log_snr[:-1], log_snr[1:])
-    u = problem.nodes(_AT_POINTS[variable], width)[row]  # [P, width]
+def _integrals(
+    problem: Problem, steps: Tensor, orders: Tensor, width: int, variable: str
+) -> Tensor:
+    """The integrals of L_j dw over these steps, ``(steps, width)``; 0 from a step's order on."""
+    process, log_snr = problem.process, _finite(problem.points.log_snr)
+    cuts = _cuts(process, log_snr)
+    # in time where that is what L_j is made of: differences of times are then exact
+    ends = problem.points.t if variable == "t" else log_snr
+    if variable == "t":
+        cuts = process.inverse(cuts).detach().sort().values
+    row, lower, upper = _panels(ends[steps], ends[steps + 1], cuts)
+    along = (upper - lower)[:, None] * _NODES  # [P, G]
+    weights = (upper - lower)[:, None] * _WEIGHTS
+    x = lower[:, None] + along
+    if variable == "t":
+        x, rate = _log_snr_and_rate(process, x)
+        weights = torch.where(torch.isfinite(x), weights * rate, 0.0)
+    weights = weights * _DENSITY[problem.history](x)
+    u = problem.nodes(_AT_POINTS[variable], width)[steps][row]  # [P, width]
     used = torch.arange(width) < orders[row, None]
-    x01, w01 = (torch.from_numpy(values) for values in _LEGENDRE)
-    x = lower[:, None] + (upper - lower)[:, None] * (0.5 + 0.5 * x01)  # [P, G]
-    weights = (0.5 * (upper - lower))[:, None] * w01 * _DENSITY[problem.history](x)
-    at = {"t": problem.process.inverse, "rho": lambda x: torch.exp(-x), "log_snr": lambda x: x}
-    v = at[variable](x)
     columns = []
     for j in range(width):
         cardinal = weights
         for k in range(width):
             if k != j:
                 both = used[:, j] & used[:, k]
-                gap = torch.where(both, u[:, j] - u[:, k], 1.0)
-                factor = (v - u[:, k, None]) / gap[:, None]
-                cardinal = torch.where(both[:, None], cardinal * factor, cardinal)
+                gap = torch.where(both, u[:, j] - u[:, k], 1.0)[:, None]
+                if variable == "rho":
+                    distance = torch.exp(-x) - u[:, k, None]
+                else:
+                    distance = (lower - u[:, k])[:, None] + along
+                cardinal = torch.where(both[:, None], cardinal * distance / gap, cardinal)
         columns.append(torch.where(used[:, j], cardinal.sum(1), 0.0))
     panels = torch.stack(columns, 1)
-    return panels.new_zeros(problem.steps, width).index_add(0, row, panels)
+    return panels.new_zeros(len(steps), width).index_add(0, row, panels)
 
 
 def _finite(log_snr: Tensor) -> Tensor:
@@ -124,16 +142,29 @@ def _finite(log_snr: Tensor) -> Tensor:
     return torch.where(torch.isfinite(log_snr), log_snr, ends)
 
 
-def _panels(process: Any, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each step cut at whole log-SNRs and at the kinks of the process: the step that a panel
-    belongs to, and its two ends, in the direction of the step.
+def _log_snr_and_rate(process: Any, t: Tensor) -> tuple[Tensor, Tensor]:
+    """log_snr and its derivative in t, themselves differentiable where t or the process is."""
+    with torch.enable_grad():
+        inner = t if t.requires_grad else t.detach().requires_grad_()
+        log_snr = process.log_snr(inner)
+        graph = t.requires_grad or process.log_snr(t.detach()).requires_grad
+        (rate,) = torch.autograd.grad(log_snr.sum(), inner, create_graph=graph)
+    return (log_snr, rate) if graph else (log_snr.detach(), rate)
+
+
+def _cuts(process: Any, log_snr: Tensor) -> Tensor:
+    """The log-SNRs at which panels end, increasing."""
+    low, high = (float(end(log_snr.detach()) / _PANEL) for end in (torch.min, torch.max))
+    cuts = _PANEL * torch.arange(math.floor(low), math.ceil(high) + 1, dtype=torch.float64)
+    kinks = process.kinks() if hasattr(process, "kinks") else None
+    return cuts if kinks is None else torch.cat([cuts, kinks]).sort().values
+
+
+def _panels(begin: Tensor, end: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each step from begin to end in panels that end at the cuts: the step that a panel belongs to,
+    and its two ends, in the direction of the step.
     """
     low, high = torch.minimum(begin, end), torch.maximum(begin, end)
-    bottom, top = math.floor(float(low.detach().min())), math.ceil(float(high.detach().max()))
-    cuts = torch.arange(bottom, top + 1, dtype=torch.float64)
-    kinks = process.kinks() if hasattr(process, "kinks") else None
-    if kinks is not None:
-        cuts = torch.cat([cuts, kinks]).sort().values
     first = torch.searchsorted(cuts, low.detach(), right=True)
     count = (torch.searchsorted(cuts, high.detach()) - first).clamp(min=0) + 1
     row = torch.repeat_interleave(torch.arange(len(low)), count)

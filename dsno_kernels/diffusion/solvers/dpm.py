@@ -35,7 +35,7 @@ def multistep(problem: Problem, order: int, second: str, third: str, eta: float 
         third: weights of order 3, "shipped", "exact" or "diffusers_sde".
         eta: amount of noise; 0 is the ODE.
     """
-    orders = problem.orders(order, log_nodes=True)
+    orders = problem.orders(order)
     begin, end = problem.points.part(slice(-1)), problem.points.part(slice(1, None))
     a, total = transfer(problem.history, begin, end)
     h = problem.span()

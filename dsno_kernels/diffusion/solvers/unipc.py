@@ -30,14 +30,14 @@ from dsno_kernels.diffusion.solvers._problem import Problem, Rows, by_order, exp
 
 def unip(problem: Problem, order: int, variant: str) -> Rows:
     """The predictor alone. `variant`: "bh1" or "bh2"."""
-    orders = problem.orders(order, log_nodes=True)
+    orders = problem.orders(order)
     a, c = _predictor(problem, orders, variant)
     return Rows.multistep(problem.points, a, c)
 
 
 def unipc(problem: Problem, order: int, variant: str) -> Rows:
     """Predictor and corrector in one row."""
-    orders = problem.orders(order, log_nodes=True)
+    orders = problem.orders(order)
     a, predict = _predictor(problem, orders, variant)
     rows = Rows.multistep(problem.points, a, predict)
     if problem.steps == 1:

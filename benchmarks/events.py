@@ -22,9 +22,9 @@ from benchmarks.host_cuda import cuda, dry_run
 Thunk = Callable[[], object]
 
 SECONDS_PER_ENTRY = 0.01 if dry_run() else 0.2  # rounds, without set-up
-ROUNDS = (9, 101)  # at least and at most
-WARM_UP = 3
-HOST_CALLS = 5  # in a row, without a synchronization
+ROUNDS = (7, 101)  # at least and at most
+WARM_UP = 2
+HOST_CALLS, HOST_SECONDS = 5, 0.05  # in a row, without a synchronization; in all, or four rounds
 MOST_READS = 40  # of the buffer before a call: some 2 ms, enough to enqueue a layer's training step
 
 
@@ -56,16 +56,22 @@ def device_seconds(calls: Sequence[tuple[Thunk, int]], device: torch.device) -> 
 
 
 def host_seconds(call: Thunk, device: torch.device) -> float:
-    """Time until a call returns while the device is still at work: median of nine."""
-    times = []
-    for _ in range(9):
+    """Time until a call returns while the device is still at work: a median.
+
+    A few calls in a row count as one, unless they are so long that the device's queue would fill.
+    """
+    calls = 1
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 4 or (len(times) < 10 and time.perf_counter() - begin < HOST_SECONDS):
         cuda().synchronize(device)
         start = time.perf_counter()
-        for _ in range(HOST_CALLS):
+        for _ in range(calls):
             call()
-        times.append((time.perf_counter() - start) / HOST_CALLS)
+        times.append((time.perf_counter() - start) / calls)
+        calls = HOST_CALLS if times[-1] < 1e-3 else 1
     cuda().synchronize(device)
-    return statistics.median(times)
+    return statistics.median(times[1:])
 
 
 def reads_that_cover(host: float, device: torch.device) -> int:

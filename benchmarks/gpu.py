@@ -148,7 +148,7 @@ def stages(out: Path, tune: bool, dry_run: bool) -> list[Stage]:
         needs = ("pytest", "torch")
         made.append(Stage(name, [*measure, str(path)], limit, reserve, needs, missing, shards=1))
     if tune:
-        command = [python, "benchmarks/tune.py", "--budget", "60"]
+        command = [python, "benchmarks/tune.py", "--budget", "10" if dry_run else "60"]
         command += ["--dry-run", "--arch", "90"] if dry_run else []
         made.append(Stage("tune", command, 120, 60, ("triton",)))
     made.append(Stage("report", report(out), 30, 10))

@@ -235,20 +235,21 @@ def targets_gpu(results: list[Result]) -> str:
 
 
 def model(results: list[Result]) -> str:
-    """Whole models beside the form that the official project runs."""
+    """Whole models, and their temporal layers alone, beside the form of the official project."""
     parts = []
     for result in results:
         rows = [
             (
-                str(entry.get("model", "")),
-                str(entry["peer"]),
-                PRECISIONS.get(entry.get("precision", ""), str(entry.get("precision", ""))),
-                PASS_TITLES.get(entry.get("direction", ""), str(entry.get("direction", ""))),
-                milliseconds(entry["baseline_seconds"]) if "baseline_seconds" in entry else "",
+                f"{entry['shape']}, B={entry['batch']}",
+                entry["peer"],
+                entry["precision"],
+                PASS_TITLES[entry["direction"]],
+                milliseconds(entry["baseline_seconds"]),
                 milliseconds(entry["seconds"]),
-                f"**{entry['ratio']:.2f}x**" if "ratio" in entry else "",
+                f"**{entry['ratio']:.2f}x**",
             )
-            for entry in result.select(op="model")
+            for op in ("model", "temporal_layers")
+            for entry in result.select(op=op)
         ]
         if rows:
             head = ("model", "form", "precision", "pass", "official form", "time", "speed-up")

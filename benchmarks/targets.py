@@ -59,6 +59,24 @@ TARGETS = (
     *_conv(IMAGENET, "tf32", "forward", share_of_limit=0.60),
     *_conv(LONG, "tf32", "forward", share_of_limit=0.50, ratio=6),
     *_conv(("fno_k32",), "fp32", "forward", ratio=3),
+    Target(
+        "all 22 temporal layers of DSNO-CIFAR, B=32, in a CUDA graph",
+        {"op": "temporal_layers", "precision": "tf32", "direction": "forward"},
+        "seconds",
+        1.2e-3,
+    ),
+    Target(
+        "DSNO-CIFAR, whole model",
+        {
+            "op": "model",
+            "shape": "cifar10",
+            "precision": "tf32",
+            "direction": "forward",
+            "peer": "dsno_kernels",
+        },
+        "ratio",
+        2,
+    ),
 )
 
 

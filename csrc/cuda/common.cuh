@@ -87,11 +87,44 @@ __device__ inline void load(const T* from, Accumulator<T>* to) {
 }
 
 template <int N, typename T>
-__device__ inline void store(T* to, const Accumulator<T>* from) {
-    Vector<T, N> packed;
+__device__ inline Vector<T, N> packed(const Accumulator<T>* from) {
+    Vector<T, N> result;
 #pragma unroll
-    for (int j = 0; j < N; ++j) packed.v[j] = narrow<T>(from[j]);
-    *reinterpret_cast<Vector<T, N>*>(to) = packed;
+    for (int j = 0; j < N; ++j) result.v[j] = narrow<T>(from[j]);
+    return result;
+}
+
+template <int N, typename T>
+__device__ inline void store(T* to, const Accumulator<T>* from) {
+    *reinterpret_cast<Vector<T, N>*>(to) = packed<N, T>(from);
+}
+
+// To global memory. The compiler splits wide stores of computed values, so the instruction is
+// written out.
+template <int N, typename T>
+__device__ inline void store_global(T* to, const Accumulator<T>* from) {
+#if defined(__CUDA_ARCH__)
+    constexpr int kWords = sizeof(T) * N / 4;
+    if constexpr (N > 1 && kWords >= 2) {
+        const Vector<T, N> values = packed<N, T>(from);
+        unsigned w[kWords];
+        memcpy(w, &values, sizeof(values));
+        const size_t address = __cvta_generic_to_global(to);
+        if constexpr (kWords == 2) {
+            asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(w[0]), "r"(w[1])
+                         : "memory");
+        } else {
+#pragma unroll
+            for (int j = 0; j < kWords; j += 4) {
+                asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address + 4 * j),
+                             "r"(w[j]), "r"(w[j + 1]), "r"(w[j + 2]), "r"(w[j + 3])
+                             : "memory");
+            }
+        }
+        return;
+    }
+#endif
+    store<N>(to, from);
 }
 
 }  // namespace dsno

@@ -110,8 +110,8 @@ __device__ inline void store_terms(const TruncatedFftParams& p, O* to, i64 j, bo
             near[q] = first[q] + second[q];
             far[q] = first[q] - second[q];
         }
-        store<N>(to + j * p.out_step, near);
-        if (!alone) store<N>(to + (p.n - j) * p.out_step, far);
+        store_global<N>(to + j * p.out_step, near);
+        if (!alone) store_global<N>(to + (p.n - j) * p.out_step, far);
     } else {
         O* at = to + 2 * j * p.out_step;
         A parts[2 * N] = {};
@@ -121,7 +121,7 @@ __device__ inline void store_terms(const TruncatedFftParams& p, O* to, i64 j, bo
             parts[2 * q] += first[q];
             parts[2 * q + 1] = alone ? A(0) : parts[2 * q + 1] + second[q];
         }
-        store<2 * N>(at, parts);
+        store_global<2 * N>(at, parts);
     }
 }
 

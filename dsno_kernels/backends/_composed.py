@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsno_kernels import _layout
 from dsno_kernels._layout import Axes
-from dsno_kernels.backends import reference
+from dsno_kernels.backends import Request, reference
 from dsno_kernels.backends._transforms import (
     TYPES,
     Axis,
@@ -81,6 +81,19 @@ class Spectra(NamedTuple):
 
 def _is_planar(axes: Axes) -> bool:
     return axes.P > 1 and axes.stride_p < axes.stride_c
+
+
+def unsupported_call(request: Request) -> str | None:
+    """What no launcher of these transforms serves."""
+    if request.device.type != "cuda":
+        return "it needs CUDA tensors"
+    if request.dtype not in TYPES:
+        return f"{request.dtype} is not one of {', '.join(map(str, TYPES))}"
+    if request.dtype == torch.float64 and request.op.startswith("spectral_conv"):
+        return "it computes products in float32; torch.float64 is for the reference backend"
+    if torch.version.hip is not None:
+        return "it is for NVIDIA GPUs only"
+    return None
 
 
 class Composed:

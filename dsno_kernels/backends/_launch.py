@@ -27,6 +27,19 @@ def raw_stream(device: torch.device) -> int:
     return int(torch._C._cuda_getCurrentRawStream(index))
 
 
+def not_while_capturing(device: torch.device, what: str) -> None:
+    """Refuse what happens at a first call only, and what a CUDA graph cannot hold.
+
+    Raises:
+        RuntimeError: the current stream is being captured.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the first {what}, which a CUDA graph cannot capture: run the same call on {device}"
+            " once before the capture"
+        )
+
+
 def device_code_folder() -> Path:
     """The folder of the `.cuh` files: in the installed package, or `csrc/cuda` of a checkout."""
     installed = Path(__file__).parents[1] / "csrc"
@@ -38,7 +51,7 @@ def driver_too_old(driver: int, built: str) -> str | None:
     if driver // 1000 >= int(built.split(".")[0]):
         return None
     version = f"CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "no CUDA version"
-    return f"it was built with CUDA {built}, and the driver serves {version}; update the driver"
+    return f"its device code is of CUDA {built}, and the driver serves {version}; update the driver"
 
 
 def uncovered_capability(capability: tuple[int, int], archs: str) -> str | None:

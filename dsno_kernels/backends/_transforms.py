@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsno_kernels._modes import alpha, max_modes
+from dsno_kernels.backends._launch import not_while_capturing
 
 THREADS = 128  # kThreads of common.cuh
 # Blocks that keep the largest GPU busy; below that, several blocks share a tile of columns.
@@ -180,28 +181,14 @@ def twiddles(n: int, modes: int, inverse: bool, scale_length: int = 0) -> Tensor
     return F.pad(table, (0, 0, 0, -table.shape[1] % 8)).contiguous()
 
 
-def uploaded(table: Tensor, dtype: torch.dtype, device: torch.device, what: str) -> Tensor:
-    """A table on its device.
-
-    Raises:
-        RuntimeError: the stream is being captured into a CUDA graph, which cannot hold the copy.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"the first {what} on {device} uploads a table, which a CUDA graph cannot capture;"
-            " run the same call once before the capture"
-        )
-    return table.to(device, dtype)
-
-
 # Tables are never freed: a captured CUDA graph or another stream may still read one.
 @functools.cache
 def twiddles_on(
     n: int, modes: int, inverse: bool, scale_length: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """`twiddles` on a device."""
-    what = f"transform of length {n} with {modes} modes"
-    return uploaded(twiddles(n, modes, inverse, scale_length), dtype, device, what)
+    not_while_capturing(device, f"transform of length {n} with {modes} modes uploads its table")
+    return twiddles(n, modes, inverse, scale_length).to(device, dtype)
 
 
 @functools.cache
@@ -209,9 +196,10 @@ def weight_factors_on(T: int, n: int, modes: int, conjugate: bool, device: torch
     """Factors of the weight gradient, float32 `[K, 2]`: alpha_k / n, negative for imaginary parts
     of conjugates, 0 for dead ones (of bins that are real in both x and its output).
     """
+    not_while_capturing(device, f"weight gradient with {modes} modes uploads its factors")
     factors = torch.tensor([[alpha(k, n) / n] * 2 for k in range(modes)], dtype=torch.float64)
     k = torch.arange(modes)
     if conjugate:
         factors[:, 1] *= -1
     factors[(2 * k % T == 0) & (2 * k % n == 0), 1] = 0.0
-    return uploaded(factors, torch.float32, device, f"weight gradient with {modes} modes")
+    return factors.to(device, torch.float32)

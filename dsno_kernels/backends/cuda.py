@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from dsno_kernels.backends import Request
-from dsno_kernels.backends._composed import Composed
+from dsno_kernels.backends._composed import Composed, unsupported_call
 from dsno_kernels.backends._launch import (
     driver_too_old,
     on_device,
     raw_stream,
     uncovered_capability,
 )
-from dsno_kernels.backends._transforms import TYPES, Plan
+from dsno_kernels.backends._transforms import Plan
 
 # kApi of bind_cuda.cpp.
 _API = 2
@@ -39,19 +39,6 @@ def _extension() -> tuple[ModuleType | None, str | None]:
     if getattr(_C, "cuda_api", 0) != _API:
         return None, f"the extension is older than this source; {how}"
     return _C, None
-
-
-def unsupported_call(request: Request) -> str | None:
-    """What no launcher of these transforms serves."""
-    if request.device.type != "cuda":
-        return "it needs CUDA tensors"
-    if request.dtype not in TYPES:
-        return f"{request.dtype} is not one of {', '.join(map(str, TYPES))}"
-    if request.dtype == torch.float64 and request.op.startswith("spectral_conv"):
-        return "it computes products in float32; torch.float64 is for the reference backend"
-    if torch.version.hip is not None:
-        return "it is for NVIDIA GPUs only"
-    return None
 
 
 def unsupported(request: Request) -> str | None:

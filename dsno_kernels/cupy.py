@@ -1,0 +1,157 @@
+"""The public functions for CuPy arrays: `import dsno_kernels.cupy as dkc`.
+
+Arrays pass to the kernels and back through DLPack without a copy, on the device of the arrays and
+on CuPy's current stream of it; nothing waits. The functions are those of `dsno_kernels`, with CuPy
+arrays where they have tensors and NumPy dtypes where they have dtypes; results carry no gradients
+(`spectral_conv_weight_grad` is one).
+
+Example:
+    >>> x, weight = cupy.random.randn(8, 16, 1024), cupy.random.randn(16, 16, 32, 2)
+    >>> y = dkc.spectral_conv(x.astype("f4"), weight.astype("f4"), time_dim=2, channel_dim=1)
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import cupy
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from dsno_kernels import functional
+
+DTYPES = {
+    name: getattr(torch, name)
+    for name in ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+}
+
+
+def _lifted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of tensors as one of CuPy arrays; its annotations say which arguments are."""
+    signature = inspect.signature(function)
+    parameters = signature.parameters.items()
+    tensors = [name for name, parameter in parameters if "Tensor" in parameter.annotation]
+
+    @functools.wraps(function)
+    def on_arrays(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        arrays: dict[str, cupy.ndarray] = {}
+        for name in tensors:
+            arrays |= _arrays(name, given.get(name))
+        if isinstance(given.get("out_dtype"), (str, type, np.dtype)):
+            given["out_dtype"] = _torch_dtype("out_dtype", np.dtype(given["out_dtype"]))
+        index = _device_index(arrays)
+        device = torch.device("cuda", index)
+        with (
+            torch.cuda.device(device),
+            torch.cuda.stream(_current_stream(index, device)),
+            torch.no_grad(),
+        ):
+            for name in given.keys() & tensors:
+                given[name] = _converted(given[name], cupy.ndarray, _tensor)
+            result = function(*bound.args, **bound.kwargs)
+            return _converted(result, Tensor, _array)
+
+    on_arrays.__doc__ = (
+        f"`dsno_kernels.{function.__name__}` for CuPy arrays.\n\n"
+        "    Raises:\n"
+        "        TypeError: what is not a CuPy array, or its dtype.\n"
+        "        ValueError: arrays on two devices, or strides that DLPack cannot carry.\n"
+        "        Whatever the function itself raises.\n"
+    )
+    return on_arrays
+
+
+def _arrays(name: str, value: Any) -> dict[str, cupy.ndarray]:
+    """The arrays of one argument by name, checked; None has none."""
+    if value is None:
+        return {}
+    if isinstance(value, (list, tuple)):
+        found: dict[str, cupy.ndarray] = {}
+        for place, item in enumerate(value):
+            found |= _arrays(f"{name}[{place}]", item)
+        return found
+    if not isinstance(value, cupy.ndarray):
+        kind = f"{type(value).__module__}.{type(value).__name__}"
+        raise TypeError(f"{name} must be a cupy.ndarray, got {kind}")
+    _torch_dtype(name, value.dtype)
+    if any(stride < 0 or stride % value.dtype.itemsize for stride in value.strides):
+        raise ValueError(
+            f"{name} has strides {value.strides}, which DLPack cannot carry (negative, or no whole"
+            " number of elements): pass cupy.ascontiguousarray of it"
+        )
+    return {name: value}
+
+
+def _torch_dtype(name: str, dtype: np.dtype[Any]) -> torch.dtype:
+    if dtype.name not in DTYPES:
+        raise TypeError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype.name}")
+    return DTYPES[dtype.name]
+
+
+def _device_index(arrays: dict[str, cupy.ndarray]) -> int:
+    indices = {array.device.id for array in arrays.values()}
+    if len(indices) > 1:
+        places = ", ".join(f"{name} on {array.device.id}" for name, array in arrays.items())
+        raise ValueError(f"all arrays must be on one device, got {places}")
+    return next(iter(indices)) if indices else cupy.cuda.Device().id
+
+
+def _current_stream(index: int, device: torch.device) -> torch.cuda.Stream:
+    """CuPy's current stream of a device, for PyTorch.
+
+    The null stream (0, 1) and the per-thread default stream (2) both give PyTorch's default stream:
+    CUDA orders it with every thread's default stream, and PyTorch's memory is safe only there, as
+    all threads share the number 2.
+    """
+    with cupy.cuda.Device(index):
+        pointer = cupy.cuda.get_current_stream().ptr
+    if pointer in (0, 1, 2):
+        return torch.cuda.default_stream(device)
+    return torch.cuda.ExternalStream(pointer, device)
+
+
+def _converted(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+    """A value, or a sequence of values, with those of one kind converted."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_converted(item, kind, convert) for item in value)
+    return convert(value) if isinstance(value, kind) else value
+
+
+# -1: both sides work on one stream, so neither has to wait for the other.
+_NO_WAIT = -1
+
+
+def _tensor(array: cupy.ndarray) -> Tensor:
+    """A tensor on the memory of an array, which it keeps alive."""
+    return from_dlpack(array.__dlpack__(stream=_NO_WAIT))
+
+
+class _Exported:
+    """A tensor as what `cupy.from_dlpack` takes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.tensor.__dlpack__(stream=_NO_WAIT)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.tensor.__dlpack_device__()
+
+
+def _array(tensor: Tensor) -> cupy.ndarray:
+    """An array on the memory of a tensor, which it keeps alive."""
+    return cupy.from_dlpack(_Exported(tensor.resolve_conj()))
+
+
+spectral_conv = _lifted(functional.spectral_conv)
+spectral_conv_weight_grad = _lifted(functional.spectral_conv_weight_grad)
+truncated_rfft = _lifted(functional.truncated_rfft)
+truncated_irfft = _lifted(functional.truncated_irfft)

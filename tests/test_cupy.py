@@ -1,0 +1,346 @@
+"""CuPy without a GPU: arrays and streams by doubles on CPU memory, kernels by the shim, NVRTC by
+itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import warnings
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dsno_kernels as dk
+from dsno_kernels.backends import Request, _nvrtc, _transforms
+from dsno_kernels.backends import cupy as backend
+from dsno_kernels.backends._transforms import Plan
+from tests import oracle, shim
+from tests.helpers import BUDGETS, assert_close
+
+CUDA = torch.device("cuda", 0)
+
+
+class Array:
+    """A cupy.ndarray on CPU memory."""
+
+    def __init__(self, tensor: Tensor, device: int = 0) -> None:
+        self.tensor, self.device = tensor, SimpleNamespace(id=device)
+        name = str(tensor.dtype).removeprefix("torch.")
+        self.dtype = SimpleNamespace(name=name, itemsize=tensor.element_size())
+        self.strides = tuple(stride * tensor.element_size() for stride in tensor.stride())
+
+    def __dlpack__(self, stream: int | None = None) -> Any:
+        assert stream == -1  # one stream on both sides: CuPy must not wait
+        return self.tensor.__dlpack__()
+
+
+class Cupy(ModuleType):
+    """As much of the module `cupy` as dsno_kernels uses, with what it was asked to do."""
+
+    ndarray = Array
+
+    def __init__(self) -> None:
+        super().__init__("cupy")
+        self.device, self.stream = 0, 0x1230
+        self.launches: list[tuple[int, int]] = []  # device and stream
+        self.cuda = SimpleNamespace(
+            Device=self.Device,
+            get_current_stream=lambda: SimpleNamespace(ptr=self.stream),
+            function=SimpleNamespace(Module=lambda: Module(self)),
+            runtime=SimpleNamespace(driverGetVersion=lambda: 13000),
+        )
+
+    def Device(self, index: int | None = None) -> Any:
+        @contextlib.contextmanager
+        def current() -> Iterator[None]:
+            before, self.device = self.device, index or 0
+            yield
+            self.device = before
+
+        device = current()
+        device.id = self.device  # type: ignore[attr-defined]
+        return device
+
+    def from_dlpack(self, exporter: Any) -> Array:
+        assert exporter.__dlpack_device__()[0] == 1  # of the CPU, where the double keeps its memory
+        capsule = exporter.__dlpack__(stream=self.stream, max_version=(1, 0))
+        return Array(torch.utils.dlpack.from_dlpack(capsule), self.device)
+
+
+class Module:
+    """A loaded module whose kernels are those of the shim."""
+
+    launch: Any = None
+
+    def __init__(self, cupy: Cupy) -> None:
+        self.cupy = cupy
+
+    def load(self, code: bytes) -> None:
+        assert code == b"device code of truncated_fft.cuh for sm_90"
+
+    def get_function(self, name: str) -> Any:
+        def function(
+            grid: tuple[int], block: tuple[int], args: tuple[Any], shared: int, stream: Any
+        ) -> None:
+            assert block == (_transforms.THREADS,) and shared == 0
+            (params,) = args
+            assert params.shape == (1,)  # CuPy passes arrays of one element by value
+            source, target, table, *numbers = np.frombuffer(params.tobytes(), np.int64).tolist()
+            self.cupy.launches.append((self.cupy.device, stream.ptr))
+            pointers = (SimpleNamespace(data_ptr=lambda p=p: p) for p in (source, target, table))
+            Module.launch(Plan(name, grid[0], tuple(numbers)), *pointers)
+
+        return function
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cupy]:
+    """The double as `import cupy` finds it; PyTorch's devices and streams write into `used`."""
+    double = Cupy()
+    double.used = []  # type: ignore[attr-defined]
+
+    def recorder(kind: str) -> Any:
+        @contextlib.contextmanager
+        def record(value: Any) -> Iterator[None]:
+            double.used.append((kind, value))  # type: ignore[attr-defined]
+            yield
+
+        return record
+
+    monkeypatch.setitem(sys.modules, "cupy", double)
+    monkeypatch.setattr(torch.cuda, "device", recorder("device"))
+    monkeypatch.setattr(torch.cuda, "stream", recorder("stream"))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: ("default", device.index))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda ptr, device: (ptr, device.index))
+    yield double
+    for cache in (backend._module, backend._function, backend._warn_once):
+        cache.cache_clear()
+
+
+@pytest.fixture
+def dkc(cupy: Cupy, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.delitem(sys.modules, "dsno_kernels.cupy", raising=False)
+    yield importlib.import_module("dsno_kernels.cupy")
+    sys.modules.pop("dsno_kernels.cupy", None)
+    vars(dk).pop("cupy", None)
+
+
+X, W = torch.randn(2, 3, 4, 5, 7), torch.randn(4, 6, 2, 2)
+
+
+def test_arrays_in_and_out_without_a_copy(dkc: ModuleType, cupy: Any) -> None:
+    x = Array(X.clone())
+    seen: list[int] = []
+    original = dkc._tensor
+
+    def record(array: Array) -> Tensor:
+        tensor = original(array)
+        seen.append(tensor.data_ptr())
+        return tensor
+
+    dkc._tensor = record
+    bias, residual = torch.randn(6), torch.randn(2, 3, 6, 5, 7)
+    y = dkc.spectral_conv(
+        x, Array(W), bias=Array(bias), residual=Array(residual), activation="leaky_relu"
+    )
+    assert isinstance(y, Array)
+    assert x.tensor.data_ptr() in seen and len(seen) == 4
+    expected = dk.spectral_conv(X, W, bias=bias, residual=residual, activation="leaky_relu")
+    assert torch.equal(y.tensor, expected)
+    assert cupy.used == [("device", CUDA), ("stream", (0x1230, 0))]
+
+
+def test_results_own_their_memory(dkc: ModuleType) -> None:
+    y = dkc.truncated_irfft(dkc.truncated_rfft(Array(X), 4, dim=4), 7, dim=4)
+    # These would take the memory if it had been given back.
+    others = [torch.full_like(y.tensor, torch.nan) for _ in range(100)]
+    assert y.tensor.data_ptr() not in {other.data_ptr() for other in others}
+    assert_close(y.tensor, X.double(), BUDGETS["fp32"])
+
+
+def test_every_function(dkc: ModuleType) -> None:
+    grad = torch.randn(2, 3, 6, 5, 7)
+    found = dkc.spectral_conv_weight_grad(Array(X), Array(grad), 2)
+    assert torch.equal(found.tensor, dk.spectral_conv_weight_grad(X, grad, 2))
+    spectrum = dkc.truncated_rfft(Array(X), 2, dim=1)
+    assert spectrum.dtype.name == "complex64"
+    assert torch.equal(spectrum.tensor, dk.truncated_rfft(X, 2, 1))
+
+
+def test_strides_pass_through(dkc: ModuleType) -> None:
+    fortran = X.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    found = dkc.spectral_conv(Array(fortran), Array(W))
+    assert_close(found.tensor, oracle.spectral_conv(X, W), BUDGETS["fp32"])
+
+
+def test_no_gradients_are_recorded(dkc: ModuleType) -> None:
+    weight = Array(W)
+    weight.tensor = W.clone()
+    assert not dkc.spectral_conv(Array(X), weight).tensor.requires_grad
+
+
+@pytest.mark.parametrize("dtype", ["float16", np.float64, np.dtype("float32")], ids=str)
+def test_out_dtype_is_one_of_numpy(dkc: ModuleType, dtype: Any) -> None:
+    y = dkc.spectral_conv(Array(X), Array(W), out_dtype=dtype)
+    assert y.dtype.name == np.dtype(dtype).name
+
+
+@pytest.mark.parametrize(
+    ("pointer", "stream"),
+    [(0, ("default", 1)), (1, ("default", 1)), (2, ("default", 1)), (0x7F00, (0x7F00, 1))],
+    ids=["null", "legacy", "per-thread", "own"],
+)
+def test_streams(dkc: ModuleType, cupy: Any, pointer: int, stream: tuple[Any, int]) -> None:
+    cupy.stream = pointer
+    dkc.truncated_rfft(Array(X, device=1), 2)
+    assert cupy.used == [("device", torch.device("cuda", 1)), ("stream", stream)]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda f: f(np.zeros((2, 3, 4)), Array(W)), TypeError, "x must be .* got numpy.ndarray"),
+        (lambda f: f(Array(X), W), TypeError, "weight must be .* got torch.Tensor"),
+        (lambda f: f(Array(X.int()), Array(W)), TypeError, "x must be one of float16.* got int32"),
+        (
+            lambda f: f(Array(X), Array(W, device=1)),
+            ValueError,
+            "on one device, got x on 0, weight on 1",
+        ),
+        (lambda f: f(Array(X), Array(W), out_dtype="int8"), TypeError, "out_dtype must be one of"),
+        (lambda f: f(Array(X), Array(W[:3])), ValueError, "x has 4 channels"),
+        (lambda f: f(Array(X)), TypeError, "weight"),
+    ],
+)
+def test_refused_arrays(dkc: ModuleType, call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(dkc.spectral_conv)
+
+
+@pytest.mark.parametrize("strides", [(-4,), (6,)])
+def test_refused_strides(dkc: ModuleType, strides: tuple[int, ...]) -> None:
+    x = Array(torch.randn(8))
+    x.strides = strides
+    with pytest.raises(ValueError, match=r"which DLPack cannot carry .* cupy.ascontiguousarray"):
+        dkc.truncated_rfft(x, 2)
+
+
+class TestBackend:
+    @pytest.fixture(autouse=True)
+    def on_the_cpu(
+        self,
+        cupy: Cupy,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> None:
+        if Module.launch is None:
+            Module.launch = staticmethod(shim.plain_launch(tmp_path_factory.mktemp("shim")))
+        binding = SimpleNamespace(getVersion=lambda: (13, 0), getSupportedArchs=lambda: [80, 90])
+        monkeypatch.setattr(_nvrtc, "nvrtc", lambda: (binding, None))
+        monkeypatch.setattr(
+            _nvrtc, "compiled", lambda source, arch: f"device code of {source} for {arch}".encode()
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(backend, "raw_stream", lambda device: 0xABC)
+
+    def test_the_ops_run_their_plans(self, cupy: Cupy) -> None:
+        with pytest.warns(UserWarning, match="compiles its CUDA kernels for sm_90 with NVRTC"):
+            y, _ = backend.spectral_conv(X, W, time_dim=1, channel_dim=2, n=3)
+        assert_close(y, oracle.spectral_conv(X, W), BUDGETS["fp32"])
+        spectrum = backend.truncated_rfft(X, 2, dim=1)
+        back = backend.truncated_irfft(spectrum, 3, dim=1)
+        assert_close(back, X.double(), BUDGETS["fp32"])
+        grad = torch.randn(2, 3, 6, 5, 7)
+        found = backend.spectral_conv_weight_grad(X, grad, 2, time_dim=1, channel_dim=2)
+        assert_close(found, dk.spectral_conv_weight_grad(X.double(), grad.double(), 2), 1e-6)
+        assert set(cupy.launches) == {(0, 0xABC)}
+
+    def test_it_compiles_and_warns_once(self) -> None:
+        with pytest.warns(UserWarning, match="NVRTC"):
+            backend.truncated_rfft(X, 2, dim=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            backend.truncated_rfft(X, 1, dim=1)
+
+    def test_it_does_not_compile_while_capturing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="compiles, which a CUDA graph cannot capture"):
+            backend._module(0)
+
+    def test_it_serves_what_cuda_serves(self) -> None:
+        assert backend.unsupported(Request("spectral_conv", CUDA, torch.float32)) is None
+        assert backend.unsupported(Request("truncated_rfft", CUDA, torch.float64)) is None
+
+    def test_refusals(self, monkeypatch: pytest.MonkeyPatch, cupy: Cupy) -> None:
+        request = Request("spectral_conv", CUDA, torch.float32)
+        cpu = Request("spectral_conv", torch.device("cpu"), torch.float32)
+        assert backend.unsupported(cpu) == "it needs CUDA tensors"
+        cupy.cuda.runtime.driverGetVersion = lambda: 12080
+        reason = backend.unsupported(request)
+        assert reason is not None and "the driver serves CUDA 12.8; update" in reason
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        reason = backend.unsupported(request)
+        assert reason is not None and "8.0 or newer, and this GPU has 7.5" in reason
+        monkeypatch.setattr(_nvrtc, "nvrtc", lambda: (None, "no NVRTC"))
+        assert backend.unsupported(request) == "no NVRTC"
+
+
+@pytest.fixture
+def fresh_nvrtc() -> Iterator[None]:
+    _nvrtc.nvrtc.cache_clear()
+    yield
+    _nvrtc.nvrtc.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_nvrtc")
+def test_cupy_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    reason = backend.unsupported(Request("truncated_rfft", CUDA, torch.float32))
+    assert reason is not None and reason.endswith("`pip install cupy-cuda13x`")
+
+
+@pytest.mark.usefixtures("fresh_nvrtc")
+def test_nvrtc_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version() -> None:
+        raise RuntimeError("libnvrtc.so.13: cannot open shared object file")
+
+    cuda = ModuleType("cupy.cuda")
+    cuda.nvrtc = SimpleNamespace(getVersion=version)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", ModuleType("cupy"))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
+    reason = backend.unsupported(Request("truncated_rfft", CUDA, torch.float32))
+    assert reason is not None
+    assert reason.startswith("NVRTC cannot be loaded (libnvrtc.so.13: cannot open")
+    assert "pip install" in reason and "nvidia-cuda-nvrtc" in reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((8, 0), "sm_80"), ((9, 0), "sm_90"), ((8, 7), "compute_86"), ((12, 0), "compute_90")],
+)
+def test_targets(capability: tuple[int, int], expected: str) -> None:
+    assert _nvrtc.target(capability, [75, 80, 86, 90]) == expected
+
+
+def test_the_compiler_says_what_is_wrong() -> None:
+    if _nvrtc.nvrtc()[0] is None:
+        pytest.skip(str(_nvrtc.nvrtc()[1]))
+    with pytest.raises(RuntimeError, match=r"missing.cuh for sm_90"):
+        _nvrtc.compiled("missing.cuh", "sm_90")
+
+
+def test_ptx_for_a_newer_gpu() -> None:
+    if _nvrtc.nvrtc()[0] is None:
+        pytest.skip(str(_nvrtc.nvrtc()[1]))
+    code = _nvrtc.compiled("truncated_fft.cuh", "compute_80")
+    assert b".target sm_80" in code and b"truncated_rfft_rows_f32" in code

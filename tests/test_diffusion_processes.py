@@ -100,7 +100,9 @@ def test_flow_starts_from_pure_noise() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_in_time(name: str) -> None:
     process, _, times = CASES[name]
-    inside = [t for t in times if process.t_min < t and 1e-4 < t < 0.9999 * process.t_max]
+    inside = [t for t in times if 1e-4 < t < 0.9999 * process.t_max]
+    if process is DDPM:
+        inside = [t + 0.3 for t in inside if t < 998]  # its derivative jumps at whole times
     t = torch.tensor(inside, dtype=torch.float64, requires_grad=True)
     for method in (process.alpha, process.sigma, process.log_snr):
         assert torch.autograd.gradcheck(method, t, eps=1e-8, atol=1e-5, rtol=1e-5)

@@ -36,7 +36,7 @@ class Spills(Rejected):
 
 
 class Tried(NamedTuple):
-    """A candidate: the model's guess before it was compiled, and its score or what is wrong."""
+    """A candidate: the model's guess before it was compiled, its score, and what is wrong."""
 
     config: Config
     guess: float
@@ -209,24 +209,28 @@ def choose(
 def _winner(
     key: RowKey, old: Config, tried: list[Tried], check: Callable[[RowKey, Config, bool], Usage]
 ) -> Config | None:
-    """The best that passes the whole gate; the old one unless it is beaten by more than noise."""
-    threshold = math.inf
-    if tried[0].seconds is not None and _passes(key, old, check):
-        threshold = tried[0].seconds * (1 - NOISE)
-    for one in sorted(tried[1:], key=lambda one: one.seconds or math.inf):
-        if one.seconds is None or one.seconds >= threshold:
+    """The best that passes the whole gate; the old one unless it is beaten by more than noise.
+
+    What the whole gate says against a candidate is added to `tried`.
+    """
+
+    def fit(place: int) -> bool:
+        try:
+            check(key, tried[place].config, True)
+        except Rejected as error:
+            tried[place] = tried[place]._replace(problem=str(error))
+            return False
+        return True
+
+    scores = {place: one.seconds for place, one in enumerate(tried) if one.seconds is not None}
+    keeps = 0 in scores and fit(0)
+    threshold = scores[0] * (1 - NOISE) if keeps else math.inf
+    for place in sorted(scores, key=scores.__getitem__):
+        if scores[place] >= threshold:
             break
-        if _passes(key, one.config, check):
-            return one.config
-    return old if threshold < math.inf else None
-
-
-def _passes(key: RowKey, config: Config, check: Callable[[RowKey, Config, bool], Usage]) -> bool:
-    try:
-        check(key, config, True)
-    except Rejected:
-        return False
-    return True
+        if place != 0 and fit(place):
+            return tried[place].config
+    return old if keeps else None
 
 
 def _needs_more(config: Config, unfit: Config, reason: Rejected) -> bool:

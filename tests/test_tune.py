@@ -242,8 +242,18 @@ def times_of(*times: float | str) -> dict[Config, float | str]:
         (times_of("wrong", 11, 12, 12), (), CONFIGS[1]),
         (times_of(10, 11, 12, 12), (CONFIGS[0],), CONFIGS[1]),
         (times_of("a", "b", "c", "d"), (), None),
+        (times_of(10, 9, "c", "d"), (CONFIGS[0], CONFIGS[1]), None),
     ],
-    ids=["best", "noise", "gate", "failing", "old fails", "old spills", "none"],
+    ids=[
+        "best",
+        "noise",
+        "gate",
+        "failing",
+        "old fails",
+        "old spills",
+        "none",
+        "none through the gate",
+    ],
 )
 def test_the_best_that_passes_the_gate_wins(
     times: dict[Config, float | str], unfit: tuple[Config, ...], expected: Config | None
@@ -251,7 +261,9 @@ def test_the_best_that_passes_the_gate_wins(
     choice = try_all(times, unfit)
     assert choice.new == expected
     assert [one.config for one in choice.tried] == CONFIGS
-    assert [one.problem or one.seconds for one in choice.tried] == list(times.values())
+    assert [one.seconds or one.problem for one in choice.tried] == list(times.values())
+    refused = [one.config for one in choice.tried if one.problem == "another launch spills"]
+    assert refused == list(unfit)
 
 
 def test_larger_tiles_than_one_that_spills_are_not_compiled() -> None:
@@ -383,7 +395,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
 def measured(tables: Path, gpu: SimpleNamespace, *arguments: str) -> int:
     folders = ["--tables", str(tables), "--results", str(gpu.results)]
-    return tune.main([*folders, "--jobs", "1", "--most", "2", *arguments])
+    patient = ["--seconds-per-row", "1e9", "--budget", "1e9"]
+    return tune.main([*folders, *patient, "--jobs", "1", "--most", "2", *arguments])
 
 
 def test_a_run_on_a_gpu_writes_table_and_journal(

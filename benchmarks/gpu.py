@@ -6,8 +6,9 @@ It needs this checkout, a Python with torch, triton, pybind11 and pytest, and nv
 no installation. The stages run one after the other, each in a process of its own that is stopped at
 its deadline, so that a stage that hangs costs its own time only. What each has found is on disk
 when it ends: `gpu.log` (everything the stages print), `gpu.jsonl` (each benchmark as it completes)
-and `<gpu>.json`, which `report.py` turns into README's tables. The exit code is 1 where the build,
-a test or a check of a benchmark failed.
+and `<gpu>.json`, which `report.py` turns into README's tables. Of a run that was killed, `--only
+report` makes them of what it had measured. The exit code is 1 where the build, a test or a check of
+a benchmark failed.
 
 `--dry-run` runs every path of it on the CPU, with small shapes and a stand-in for `torch.cuda`; its
 times mean nothing.
@@ -323,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in options.only or [] if name not in names]
     if unknown:
         parser.error(f"unknown stage {unknown[0]!r}; accepted: {', '.join(names)}")
-    if not options.dry_run and not sees_a_gpu():
+    if not options.dry_run and options.only != ["report"] and not sees_a_gpu():
         print("gpu: PyTorch sees no CUDA device here; --dry-run --out DIR runs on the CPU")
         return 2
     if options.only:
@@ -341,6 +342,7 @@ def main(argv: list[str] | None = None) -> int:
 
     end, scale = time.monotonic() + 60 * options.minutes, options.minutes / MINUTES
     outcomes = []
+    results = journal.write_results(out / "gpu.jsonl", out)
     for i, stage in enumerate(chosen):
         seconds = deadline(stage, chosen[i + 1 :], end - time.monotonic(), scale)
         print(f"==== {stage.name}, at most {seconds:.0f} s", flush=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import dsno_kernels as dk
-from tests import oracle
+from tests import gpu_sanitizer, oracle
 from tests.helpers import BUDGETS, IO_BUDGET, assert_close
 from tests.on_device import DEVICE, DRY_RUN, marks, serving, sized
 
@@ -65,6 +65,11 @@ def check_gradients(
 def test_uninitialized_memory_is_poisoned() -> None:
     """What every other test here relies on: an output that is not written shows."""
     assert torch.empty(1000, device=DEVICE).isnan().all()
+
+
+def test_every_op_on_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    """The calls that compute-sanitizer watches, here with poisoned memory."""
+    assert gpu_sanitizer.main(["--device", DEVICE.type]) == 0, capsys.readouterr().out
 
 
 @pytest.mark.skipif(DRY_RUN, reason="about the choice on a GPU")

@@ -69,11 +69,11 @@ def plain_launch(folder: Path) -> Launch:
     return launch
 
 
-def sanitized_launch(folder: Path) -> Launch:
+def sanitized_launch(folder: Path, sanitizer: str = "asan+ubsan") -> Launch:
     """A launcher of `Composed` that runs the device code in a program under sanitizers, whose
     buffers are as large as the tensors reach.
     """
-    program = build("run_truncated_fft.cpp", folder / "run_truncated_fft")
+    program = build("run_truncated_fft.cpp", folder / "run_truncated_fft", sanitizer)
 
     def launch(plan: Plan, source: Tensor, target: Tensor, table: Tensor) -> None:
         name, data, rows = plan.kernel.encode(), memory_of(source), memory_of(table)

@@ -129,6 +129,30 @@ def test_transposed_weights_and_gradients_of_gradients(on_the_cpu: list[Plan]) -
         assert_close(found, right, 2 * BUDGETS["fp32"])
 
 
+@pytest.mark.parametrize("x_planar", [False, True])
+@pytest.mark.parametrize("g_planar", [False, True])
+def test_weight_gradients_of_any_pair_of_layouts(
+    on_the_cpu: list[Plan], x_planar: bool, g_planar: bool
+) -> None:
+    x, g = torch.randn(2, 70, 4, 6), torch.randn(2, 66, 5, 6)
+    expected = dk.spectral_conv_weight_grad(x.double(), g.double(), 9)
+    x, g = (
+        t if planar else t.transpose(2, 3).contiguous().transpose(2, 3)
+        for t, planar in ((x, x_planar), (g, g_planar))
+    )
+    found = dk.spectral_conv_weight_grad(x, g, 9, backend="cuda")
+    assert_close(found, expected, BUDGETS["fp32"])
+
+
+def test_autocast_does_not_lower_the_products(on_the_cpu: list[Plan]) -> None:
+    x, weight, bias = torch.randn(2, 4, 70), torch.randn(4, 4, 9, 2), torch.randn(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = dk.spectral_conv(
+            x, weight, time_dim=2, channel_dim=1, bias=bias, precision="fp32", backend="cuda"
+        )
+    assert_close(y, oracle.spectral_conv(x, weight, 2, 1) + bias[:, None], BUDGETS["fp32"])
+
+
 def test_spectra_are_planar_where_pixels_are_neighbors(on_the_cpu: list[Plan]) -> None:
     x, weight = torch.randn(2, 70, 4, 2, 4), torch.randn(4, 4, 3, 2)
     on_the_cpu.clear()

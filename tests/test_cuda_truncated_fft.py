@@ -259,6 +259,16 @@ def test_nan_stays_in_its_transform(ops: Composed, shape: tuple[int, ...]) -> No
     assert not spectrum[[0, 2, 3]].isnan().any()
 
 
+def test_no_thread_reads_what_another_one_still_writes(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """The kernels that use shared memory, under ThreadSanitizer."""
+    ops = Composed(shim.sanitized_launch(tmp_path_factory.mktemp("tsan"), "tsan"))
+    x = torch.randn(11, 600)
+    spectrum = ops.truncated_rfft(x, 301, dim=1)
+    assert_close(ops.truncated_irfft(spectrum, 600, dim=1), x.double(), 2 * FLOAT32)
+
+
 def test_many_rows_give_each_output_a_thread(ops: Composed) -> None:
     """Few rows spread the terms of an output over a block; many rows take the other path."""
     x = torch.randn(2051, 130)

@@ -65,3 +65,21 @@ def truncated_irfft(spectrum: Tensor, n: int, *, dim: int) -> Tensor:
     from dsno_kernels.backends.triton import transforms as launchers
 
     return launchers.truncated_irfft(spectrum, n, dim=dim)
+
+
+def group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `backends.reference_norm.group_norm_silu`."""
+    from dsno_kernels.backends.triton import group_norm as launchers
+
+    return launchers.group_norm_silu(x, groups, weight, bias, **options)
+
+
+def group_norm_silu_backward(
+    grad: Tensor, x: Tensor, *parameters: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """See `backends.reference_norm.group_norm_silu_backward`."""
+    from dsno_kernels.backends.triton import group_norm as launchers
+
+    return launchers.group_norm_silu_backward(grad, x, *parameters, **options)

@@ -1,0 +1,98 @@
+"""The Triton kernels of `group_norm_silu` without a GPU: interpreted in a process of their own, and
+compiled for the GPUs they are meant for.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+from dsno_kernels.backends import triton as backend
+from dsno_kernels.backends.triton import configs, group_norm
+from tests import triton_aot
+from tests.test_triton_aot import SHARED
+from tests.triton_aot import Launch
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Channels, side and groups: CIFAR-10 and ImageNet-64 (also with a skip beside), the smallest group,
+# and one of odd sizes, whose addresses are not aligned.
+SHAPES = ((256, 32, 32), (192, 64, 32), (576, 64, 32), (1536, 8, 32), (7, 5, 7))
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def calls() -> Iterator[Callable[[], object]]:
+    for C, side, groups in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = meta(8, 4, C, side, side, dtype=dtype)
+            modulation = meta(1, 4, C, dtype=dtype).expand(8, -1, -1)
+            last = x.movedim(2, -1).contiguous().movedim(-1, 2)
+            yield functools.partial(both_passes, x, groups, modulation, True)
+            yield functools.partial(both_passes, last, groups, modulation, True)
+    x = meta(8, 4, 256, 32, 32, dtype=torch.float16)
+    yield functools.partial(both_passes, x, 32, None, True)
+    yield functools.partial(both_passes, x.float(), 32, None, False)
+
+
+def both_passes(x: Tensor, groups: int, modulation: Tensor | None, silu: bool) -> None:
+    weight, statistics = meta(x.shape[2]), meta(*x.shape[:2], groups)
+    options = {"scale": modulation, "shift": modulation, "silu": silu}
+    backend.group_norm_silu(x, groups, weight, weight, **options)
+    backend.group_norm_silu_backward(x, x, statistics, statistics, weight, weight, **options)
+
+
+def test_every_kernel_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
+    done = subprocess.run(
+        [*command, "tests/group_norm_interpreted.py"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_every_launch_compiles_without_spills(capability: int) -> None:
+    table = configs.ARCHITECTURES[divmod(capability, 10)]
+    found: dict[Launch, None] = {}
+    for call in calls():
+        found |= dict.fromkeys(triton_aot.launches_of(table, capability, call))
+    assert len(found) > 4 * len(SHAPES)
+    with concurrent.futures.ProcessPoolExecutor(
+        2, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
+        reports = list(pool.map(triton_aot.compile_launch, found))
+    wrong = [
+        f"{one.kernel} {dict(one.constants)} {one.num_warps} warps: {report}"
+        for one, report in zip(found, reports, strict=True)
+        if report.stack or report.narrow_addresses or report.shared > SHARED[capability]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_groups_of_cifar_stay_on_chip() -> None:
+    """So x is read once; of ImageNet-64, those at 64 x 64 are walked."""
+    for channels, pixels in ((8, 1024), (16, 1024), (16, 64)):
+        assert group_norm.tile_of(channels, pixels).whole
+    assert not group_norm.tile_of(6, 4096).whole

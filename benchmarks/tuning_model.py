@@ -272,14 +272,23 @@ def most_registers(num_warps: int) -> int:
 def candidates(key: RowKey, gpu: Gpu, fill: int) -> list[Config]:
     """Every configuration that may fit, the best predicted first.
 
-    Where the model sees no difference, eight warps and three stages come first.
+    Among times within 2 % of each other those come first that leave most registers free, then those
+    near eight warps and three stages.
     """
-    scored = [
-        (row_seconds(key, config, gpu, fill), abs(warps - 8), abs(stages - 3), config)
-        for config in _all(key[0])
-        for _, warps, stages in [config]
-    ]
-    return [config for time, _, _, config in sorted(scored) if time < math.inf]
+    scored = []
+    for config in _all(key[0]):
+        time = row_seconds(key, config, gpu, fill)
+        if time < math.inf:
+            work = work_of(key, config.tile, shapes_of(key)[0], fill)
+            pressure = guess(work, config).registers / most_registers(config.num_warps)
+            near = abs(config.num_warps - 8) + abs(config.num_stages - 3)
+            scored.append((_class_of(time), pressure, near, config))
+    return [config for *_, config in sorted(scored)]
+
+
+def _class_of(time: float) -> int:
+    """The same number for times that differ by less than 2 %, or nearly so."""
+    return round(math.log(time) / math.log(1.02))
 
 
 def _all(kernel: str) -> Iterator[Config]:

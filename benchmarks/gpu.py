@@ -41,6 +41,16 @@ REFUSED = "Device not supported"  # compute-sanitizer, where the machine's runti
 # "ERROR SUMMARY: 2 errors", "RACECHECK SUMMARY: 3 hazards displayed (0 errors, 3 warnings)"
 SUMMARY = re.compile(r"SUMMARY: .*?(\d+) errors?")
 RESTARTS = 8  # of a process of tests whose CUDA context is lost
+# What is done without where a module is not installed.
+MODULES = {
+    "pytest": "no tests and no benchmarks",
+    "hypothesis": "no drawn calls among the tests",
+    "pybind11": "no build: the CUDA C++ kernels are those that are built already, or none",
+    "setuptools": "no build",
+    "triton": "no Triton kernels",
+    "cupy": "no CuPy backend",
+    "matplotlib": "no plot",
+}
 LOST = "the CUDA context is lost"  # what benchmarks/restart.py writes then
 NO_TESTS = 5  # pytest's exit code where a share of the tests is empty
 TABLES = ("targets_gpu", "spectral_conv_gpu", "peers_gpu", "overhead_gpu", "model_gpu")
@@ -340,6 +350,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         environment["DSNO_KERNELS_DRY_RUN"] = "1"
 
+    for name, without in MODULES.items():
+        if importlib.util.find_spec(name) is None:
+            print(f"gpu: {name} is not installed: {without}")
     end, scale = time.monotonic() + 60 * options.minutes, options.minutes / MINUTES
     outcomes = []
     results = journal.write_results(out / "gpu.jsonl", out)

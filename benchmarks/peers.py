@@ -86,7 +86,7 @@ def _compiled(make: Callable[[Shape, str, torch.device], Call]) -> Callable[...,
 
 
 def fft_bmm(x: Tensor, weight: Tensor, modes: int) -> Tensor:
-    """cuFFT and cuBLAS with no copy of a spectrum between them: the layer, `(B, T, C, H, W)`."""
+    """cuFFT and cuBLAS in three calls, the products in x's order of axes: `(B, T, C, H, W)`."""
     X = torch.fft.rfft(x, dim=1)[:, :modes].flatten(3)  # [B, K, I, P]
     W = torch.view_as_complex(weight).permute(2, 1, 0)  # [K, O, I]
     return torch.fft.irfft((W @ X).unflatten(3, x.shape[3:]), n=x.shape[1], dim=1)

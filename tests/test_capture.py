@@ -35,23 +35,28 @@ class FakeGraph:
         self.replay: Callable[[], None] = lambda: None
 
 
+def host_record(run: Callable[[], Tensor]) -> tuple[FakeGraph, Tensor]:
+    """What `capture._record` does, with a graph that runs the captured code again."""
+    graph, output = FakeGraph(), run()
+
+    def replay() -> None:
+        output.copy_(run())
+
+    graph.replay = replay
+    return graph, output
+
+
+def capture_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU pass for a GPU in `CapturedModel`."""
+    monkeypatch.setattr(capture, "_record", host_record)
+    monkeypatch.setattr(capture, "DEVICE", "cpu")
+    fake = types.SimpleNamespace(device=lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "cuda", fake)
+
+
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Doubler:
-    """A model on the CPU that passes for one on a GPU, and a recorder that passes for a graph."""
-
-    def record(run: Callable[[], Tensor]) -> tuple[FakeGraph, Tensor]:
-        graph, output = FakeGraph(), run()
-
-        def replay() -> None:
-            output.copy_(run())
-
-        graph.replay = replay
-        return graph, output
-
-    fake = types.SimpleNamespace(device=lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(capture, "_record", record)
-    monkeypatch.setattr(capture, "DEVICE", "cpu")
-    monkeypatch.setattr(torch, "cuda", fake)
+    capture_on_the_host(monkeypatch)
     return Doubler().eval()
 
 
@@ -78,6 +83,20 @@ def test_inputs_are_copied(model: Doubler) -> None:
     assert torch.equal(x, X)
     assert not captured(X.clone().requires_grad_(), Z).requires_grad
     assert not captured._inputs[0].requires_grad
+
+
+def test_weights_updated_in_place_are_seen_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast keeps the rounded weights until its block ends; a graph would keep them for ever."""
+    capture_on_the_host(monkeypatch)
+    layer = nn.Linear(2, 2, bias=False).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        captured = CapturedModel(layer, X)
+        first = captured(X)
+        with torch.no_grad():
+            layer.weight.mul_(2.0)
+        second = captured(X)
+    assert first.dtype == torch.bfloat16
+    assert torch.equal(second, 2 * first) and first.any()
 
 
 def test_replaced_parameters_are_refused(model: Doubler) -> None:

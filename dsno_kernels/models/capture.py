@@ -64,8 +64,16 @@ class CapturedModel:
             if tensor is not None
         ]
         self._inputs = tuple(tensor.detach().clone() for tensor in inputs)
-        with torch.cuda.device(self._inputs[0].device), torch.no_grad():
-            self._graph, self._output = _record(lambda: model(*self._inputs))
+        kind = self._inputs[0].device.type
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+        def run() -> Tensor:
+            # Without autocast's cache: it would keep the weights of now, rounded, for every replay.
+            with torch.no_grad(), torch.autocast(kind, dtype, enabled, cache_enabled=False):
+                return model(*self._inputs)
+
+        with torch.cuda.device(self._inputs[0].device):
+            self._graph, self._output = _record(run)
         if not isinstance(self._output, Tensor):
             raise TypeError(f"the model must return one tensor, got {type(self._output).__name__}")
 

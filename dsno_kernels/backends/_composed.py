@@ -8,8 +8,9 @@ in the tables. bias, LeakyReLU, residual and sign bits are PyTorch operations be
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -66,21 +67,44 @@ class Spectra(NamedTuple):
     data: Tensor
     planar: bool
 
-    def axes(self, B: int, P: int) -> tuple[int, int, int, int]:
-        """Strides of the bins, B, C and P."""
-        step = self.data.stride(0)
-        if self.planar:
-            return step, P, B * P, 1
-        C = self.data.shape[2]
-        return step, P * C, 1, C
-
     def rows(self) -> Tensor:
         """`[K, rows, C]`, as a view."""
         return self.data.mT if self.planar else self.data
 
 
-def _is_planar(axes: Axes) -> bool:
-    return axes.P > 1 and axes.stride_p < axes.stride_c
+class _Route(NamedTuple):
+    """From a signal to its spectra: the plan, and the shape and layout of the spectra."""
+
+    plan: Plan
+    shape: tuple[int, int, int]
+    planar: bool
+
+
+def _strides(B: int, C: int, P: int, planar: bool) -> tuple[int, int, int]:
+    """Strides of B, C and P in spectra."""
+    return (P, B * P, 1) if planar else (P * C, 1, C)
+
+
+@functools.lru_cache(maxsize=4096)
+def _analysis(axes: Axes, modes: int, kind: str, offset: int) -> _Route:
+    """How to transform a signal with these canonical axes."""
+    planar = axes.P > 1 and axes.stride_p < axes.stride_c
+    B, T, C, P = axes[:4]
+    shape = (modes, C, B * P) if planar else (modes, B * P, C)
+    ins, outs = (axes.stride_b, axes.stride_c, axes.stride_p), _strides(B, C, P, planar)
+    beside = tuple(map(Axis, (B, C, P), ins, outs))
+    chosen = plan(kind, False, T, modes, beside, axes.stride_t, 0, B * C * P, offset)
+    return _Route(chosen, shape, planar)
+
+
+@functools.lru_cache(maxsize=4096)
+def _synthesis(axes: Axes, modes: int, kind: str, planar: bool) -> Plan:
+    """How to transform spectra to a signal with these canonical axes."""
+    B, n, C, P = axes[:4]
+    ins = (2 * stride for stride in _strides(B, C, P, planar))
+    outs = (axes.stride_b, axes.stride_c, axes.stride_p)
+    beside = tuple(map(Axis, (B, C, P), ins, outs))
+    return plan(kind, True, n, modes, beside, 2 * B * C * P, 1, axes.stride_t, 0)
 
 
 def unsupported_call(request: Request) -> str | None:
@@ -126,40 +150,24 @@ class Composed:
         output = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
         n, modes = (count, x.shape[dim]) if inverse else (x.shape[dim], count)
         part = x.stride(-1) if inverse else 0
-        scale = n if inverse else 0
-        step_out = axes[1].size
-        self._transform(x, output, n, modes, inverse, axes, x.stride(dim), part, step_out, scale)
+        chosen = plan(
+            TYPES[output.dtype if inverse else x.dtype], inverse, n, modes, axes,
+            x.stride(dim), part, axes[1].size, x.data_ptr() % 16,
+        )  # fmt: skip
+        scale_length = n if inverse else 0
+        table = twiddles_on(
+            n, modes, inverse, scale_length, reference.compute_dtype(x.dtype), x.device
+        )
+        self.launch(chosen, x, output, table)
         return output
-
-    def _transform(
-        self,
-        source: Tensor,
-        target: Tensor,
-        n: int,
-        modes: int,
-        inverse: bool,
-        axes: tuple[Axis, ...],
-        step_in: int,
-        part: int,
-        step_out: int,
-        scale_length: int,
-    ) -> None:
-        dtype = (target if inverse else source).dtype
-        offset = source.data_ptr() % 16
-        chosen = plan(TYPES[dtype], inverse, n, modes, axes, step_in, part, step_out, offset)
-        table_dtype = reference.compute_dtype(dtype)
-        table = twiddles_on(n, modes, inverse, scale_length, table_dtype, source.device)
-        self.launch(chosen, source, target, table)
 
     def _spectra(self, x: Tensor, axes: Axes, modes: int) -> Spectra:
         """The first bins of x, which has the canonical axes `axes`."""
-        planar, rows = _is_planar(axes), axes.B * axes.P
-        shape = (modes, axes.C, rows) if planar else (modes, rows, axes.C)
-        spectra = Spectra(torch.empty(shape, dtype=torch.complex64, device=x.device), planar)
-        step, *strides = spectra.axes(axes.B, axes.P)
-        beside = _both_sides(axes, (axes.stride_b, axes.stride_c, axes.stride_p), strides)
-        self._transform(x, spectra.data, axes.T, modes, False, beside, axes.stride_t, 0, step, 0)
-        return spectra
+        route = _analysis(axes, modes, TYPES[x.dtype], x.data_ptr() % 16)
+        data = torch.empty(route.shape, dtype=torch.complex64, device=x.device)
+        table = twiddles_on(axes.T, modes, False, 0, torch.float32, x.device)
+        self.launch(route.plan, x, data, table)
+        return Spectra(data, route.planar)
 
     @torch.no_grad()
     def spectral_conv(
@@ -193,16 +201,11 @@ class Composed:
         )
         x, axes = _layout.canonical(x, time_dim, channel_dim)
         spectra = self._spectra(x, axes, modes)
-        mixed = _mixed(spectra, _packed(weight, adjoint), precision)
-        h, out = _layout.canonical(h, time_dim, channel_dim)
-        step, *strides = mixed.axes(out.B, out.P)
-        beside = _both_sides(
-            out, [2 * stride for stride in strides], (out.stride_b, out.stride_c, out.stride_p)
-        )
+        mixed = _mixed(spectra, weight, adjoint, precision)
+        out = _layout.canonical(h, time_dim, channel_dim)[1]
         scale_length = axes.T if adjoint else n
-        self._transform(
-            mixed.data, h, n, modes, True, beside, 2 * step, 1, out.stride_t, scale_length
-        )
+        table = twiddles_on(n, modes, True, scale_length, torch.float32, x.device)
+        self.launch(_synthesis(out, modes, TYPES[h.dtype], mixed.planar), mixed.data, h, table)
         if not in_float32:
             return h, None
         if bias is not None:
@@ -258,20 +261,13 @@ def _beside(x: Tensor, dim: int, count: int, inverse: bool) -> tuple[Axis, Axis]
     return Axis(*outer, count * inner[0]), Axis(*inner, 1)
 
 
-def _both_sides(axes: Axes, ins: Sequence[int], outs: Sequence[int]) -> tuple[Axis, ...]:
-    """The axes B, C and P with their strides on the way in and on the way out."""
-    return tuple(map(Axis, (axes.B, axes.C, axes.P), ins, outs))
-
-
-def _packed(weight: Tensor, adjoint: bool) -> Tensor:
-    """W as complex matrices `[K, I, O]`; of the adjoint conj(W) as `[K, O, I]`: one copy."""
-    W = torch.view_as_complex(weight.contiguous())
-    W = W.permute(2, 1, 0).conj() if adjoint else W.permute(2, 0, 1)
-    return torch.empty(W.shape, dtype=W.dtype, device=W.device).copy_(W)
-
-
-def _mixed(spectra: Spectra, W: Tensor, precision: str) -> Spectra:
-    """The products of every bin, in the layout of `spectra`."""
-    if spectra.planar:
-        return Spectra(products(W.mT, spectra.data, precision), True)
-    return Spectra(products(spectra.data, W, precision), False)
+def _mixed(spectra: Spectra, weight: Tensor, adjoint: bool, precision: str) -> Spectra:
+    """The products of every bin with W or, adjoint, with its conjugate transpose, in the layout of
+    `spectra`. W is copied once; cuBLAS conjugates what it transposes.
+    """
+    order = (2, 1, 0, 3) if spectra.planar else (2, 0, 1, 3)
+    W = torch.view_as_complex(weight.permute(order).contiguous())  # [K, O, I] or [K, I, O]
+    if adjoint:
+        W = W.mH
+    factors = (W, spectra.data) if spectra.planar else (spectra.data, W)
+    return Spectra(products(*factors, precision), spectra.planar)

@@ -9,9 +9,11 @@ one after the other. Each process runs forward and backward once at a part of th
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,38 +21,65 @@ sys.path.insert(0, str(ROOT))  # the script runs from a checkout, installed or n
 
 import torch  # noqa: E402
 
+from benchmarks import bench_model  # noqa: E402
 from benchmarks.bench_spectral_conv import inputs, thunk  # noqa: E402
 from benchmarks.host_cuda import dry_run  # noqa: E402
 from benchmarks.peers import PEERS, PRECISIONS, Unavailable, arithmetic  # noqa: E402
-from benchmarks.shapes import GPU_SHAPES, Shape  # noqa: E402
+from benchmarks.shapes import GPU_SHAPES, PASSES, Shape  # noqa: E402
+
+Step = tuple[str, Callable[[torch.device], object]]
 
 
-def parts() -> list[tuple[str, list[Shape]]]:
-    """Precision and shapes of each process: hardly a kernel is in two of them."""
+def convolutions() -> list[tuple[Shape, str]]:
+    """Every shape and precision, those that share kernels side by side."""
     shapes = [shape.small() for shape in GPU_SHAPES[:1]] if dry_run() else list(GPU_SHAPES)
-    short = [shape for shape in shapes if shape.T <= 8]
-    long = [shape for shape in shapes if shape.T > 8]
-    return [(precision, some) for some in (short, long) for precision in PRECISIONS["cuda"] if some]
+    shapes.sort(key=lambda shape: shape.T > 8)
+    return [(shape, precision) for precision in PRECISIONS["cuda"] for shape in shapes]
 
 
-def compile_part(index: int, device: torch.device) -> int:
-    """Run one part; the number of shapes that failed."""
-    precision, shapes = parts()[index]
+def run_convolution(shape: Shape, precision: str, device: torch.device) -> None:
     peer = next(peer for peer in PEERS if peer.name == "dsno_kernels[triton]")
+    call = peer.make(shape, precision, device)
+    tensors = inputs(shape, arithmetic(precision)[2], device)
+    thunk(call, "forward_backward", tensors)()
+    thunk(call, "forward", tensors)()
+
+
+def run_model(network: str, precision: str, device: torch.device) -> None:
+    case = (bench_model.CASES | bench_model.SMALL_CASES)[network]
+    for name in ("dsno_kernels", "dsno_kernels channels_last"):
+        for direction in PASSES:
+            bench_model.variant(name, case, direction, precision, device)()
+
+
+def parts() -> list[list[Step]]:
+    """The steps of each process: hardly a kernel is in two of them."""
+    made: dict[tuple[str, bool], list[Step]] = {}
+    for shape, precision in convolutions():
+        step = f"{shape.name} {precision}", functools.partial(run_convolution, shape, precision)
+        made.setdefault((precision, shape.T > 8), []).append(step)
+    networks = bench_model.SMALL_CASES if dry_run() else bench_model.CASES
+    models: list[list[Step]] = [
+        [(f"{network} {precision}", functools.partial(run_model, network, precision))]
+        for network in networks
+        for precision in bench_model.PRECISIONS
+    ]
+    return [*made.values(), *models]
+
+
+def compile_part(steps: list[Step], device: torch.device) -> int:
+    """Run one part; the number of steps that failed."""
     failed = 0
-    for shape in shapes:
+    for name, run in steps:
         try:
-            call = peer.make(shape, precision, device)
-            tensors = inputs(shape, arithmetic(precision)[2], device)
-            thunk(call, "forward_backward", tensors)()
-            thunk(call, "forward", tensors)()
+            run(device)
         except Unavailable as reason:
             print(f"compile_ahead: {reason}")
             return 0
-        except Exception as error:  # the benchmarks say more about it; the other shapes go on
-            print(f"compile_ahead: {shape.name} {precision}: {error!r}", flush=True)
+        except Exception as error:  # the benchmarks say more about it; the other steps go on
+            print(f"compile_ahead: {name}: {error!r}", flush=True)
             failed += 1
-    print(f"compile_ahead: {precision}: {len(shapes) - failed} shapes", flush=True)
+    print(f"compile_ahead: {steps[0][0]} and {len(steps) - 1} more: {failed} failed", flush=True)
     return failed
 
 
@@ -61,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", type=int, help="run this part only, in this process")
     options = parser.parse_args(argv)
     if options.part is not None:
-        return min(1, compile_part(options.part, torch.device(options.device)))
+        return min(1, compile_part(parts()[options.part], torch.device(options.device)))
     waiting = list(range(len(parts())))
     running: list[subprocess.Popen[bytes]] = []
     failed = 0

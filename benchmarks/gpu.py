@@ -302,13 +302,13 @@ def deadline(stage: Stage, later: list[Stage], left: float, scale: float) -> flo
 
 
 def fails(outcome: Outcome) -> bool:
-    """A stopped benchmark has kept what it measured; a stopped test has shown nothing."""
+    """Whether a test or check failed; a stopped benchmark has kept what it had measured."""
+    if outcome.stage in ("compile", "tune"):  # the benchmarks and tests show what is wrong
+        return False
     if outcome.state.startswith("stopped"):
-        return not outcome.stage.startswith(("bench", "compile", "tune"))
-    skipped_for_good = outcome.stage in ("info", "build", "test") and "not installed" in (
-        outcome.state
-    )
-    return outcome.state == "failed" or skipped_for_good
+        return not outcome.stage.startswith("bench")
+    needed = outcome.stage in ("info", "build", "test") and "not installed" in outcome.state
+    return outcome.state == "failed" or needed
 
 
 def sees_a_gpu() -> bool:

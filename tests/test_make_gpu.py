@@ -111,8 +111,10 @@ def test_every_shape_is_measured_in_every_precision_and_what_matters_first() -> 
     assert whens == sorted(whens)
     compiled = {(s.name, peer.name) for s, _, peer in cases if peer.when == peers.COMPILED}
     assert len(compiled) == 2 * len(shapes.REPRESENTATIVE)
-    parts = [(s.name, precision) for precision, some in compile_ahead.parts() for s in some]
-    assert set(parts) == wanted and len(parts) == len(wanted)
+    ahead = [(s.name, precision) for s, precision in compile_ahead.convolutions()]
+    assert set(ahead) == wanted and len(ahead) == len(wanted)
+    steps = [name for part in compile_ahead.parts() for name, _ in part]
+    assert {f"{name} {precision}" for name, precision in wanted} < set(steps)
 
 
 def test_a_journal_survives_a_cut_and_the_later_entry_counts(
@@ -251,6 +253,7 @@ def test_what_the_sanitizer_says(code: int | None, text: str, state: str, tmp_pa
         ("build", "failed", True),
         ("memcheck", "failed", True),
         ("memcheck", "skipped: compute-sanitizer is not on PATH", False),
+        ("compile", "failed", False),
         ("bench_overhead", "failed", True),
         ("bench_overhead", "stopped at its deadline of 30 s", False),
     ],

@@ -69,3 +69,47 @@ def cuda_truncated_fft(
     numbers: Sequence[int],
     stream: int,
 ) -> None: ...
+def cpu_exp_step(
+    samples: int,
+    size: int,
+    terms: tuple[int, ...],
+    out: tuple[int, ...],
+    rows: tuple[int, ...],
+    row: tuple[float, ...],
+    threads: int,
+    /,
+) -> None: ...
+def cpu_exp_step_backward(
+    samples: int,
+    size: int,
+    g: tuple[int, ...],
+    terms: tuple[int, ...],
+    grads: tuple[int, ...],
+    rows: tuple[int, ...],
+    row: tuple[float, ...],
+    dots: int,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_solver_step(
+    samples: int,
+    size: int,
+    order: int,
+    inputs: tuple[int, ...],
+    history: tuple[int, ...],
+    outputs: tuple[int, ...],
+    rows: tuple[int, ...],
+    row: tuple[float, ...],
+    guidance_rows: tuple[int, ...],
+    guidance: float,
+    scale: int,
+    low: float,
+    high: float,
+    seed: int,
+    looks_ahead: bool,
+    threads: int,
+    /,
+) -> None: ...
+def cpu_abs_rank(
+    samples: int, size: int, rank: int, x: tuple[int, ...], indices: int, threads: int, /
+) -> None: ...

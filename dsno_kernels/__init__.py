@@ -3,29 +3,10 @@
 from dsno_kernels import diffusion, models, nn
 from dsno_kernels.backends import use_backend
 from dsno_kernels.functional import (
+    SolverStep,
+    dynamic_threshold,
+    exp_step,
     explain,
-    group_norm_silu,
-    spectral_conv,
-    spectral_conv_weight_grad,
-    truncated_irfft,
-    truncated_rfft,
-)
-from dsno_kernels.swap import restore_layers, swap_layers, swapped
-
-__version__ = "0.1.0.dev0"
-
-__all__ = [
-    "diffusion",
-    "explain",
-    "group_norm_silu",
-    "models",
-    "nn",
-    "restore_layers",
-    "spectral_conv",
-    "spectral_conv_weight_grad",
-    "swap_layers",
-    "swapped",
-    "truncated_irfft",
-    "truncated_rfft",
-    "use_backend",
-]
+    "SolverStep",
+    "dynamic_threshold",
+    "exp_step",

@@ -12,7 +12,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised with every change of the signatures below; dsno_kernels/backends/cpu.py expects it.
-constexpr int kApi = 1;
+constexpr int kApi = 2;
 
 int64_t integer(const py::tuple& values, size_t i) { return py::cast<int64_t>(values[i]); }
 
@@ -157,6 +157,7 @@ void bind_cpu(py::module_& m) {
     m.def("cpu_spectral_conv_weight_grad", &spectral_conv_weight_grad);
     m.def("cpu_truncated_rfft", &truncated_rfft);
     m.def("cpu_truncated_irfft", &truncated_irfft);
+    bind_cpu_steps(m);
     m.def("cpu_isas", &isas, "Instruction sets that can run on this machine, best last.");
     m.def(
         "cpu_isa", [] { return std::string(active_kernels().name); },

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "steps.h"
+
 struct Analysis;
 struct Synthesis;
 
@@ -77,4 +79,8 @@ struct Kernels {
     bool (*spectral_conv_weight_grad)(const WeightGradArgs&);
     bool (*truncated_rfft)(const TransformArgs&);
     bool (*truncated_irfft)(const TransformArgs&);
+    bool (*exp_step)(const ExpStepArgs&);
+    bool (*exp_step_backward)(const ExpStepBackwardArgs&);
+    bool (*solver_step)(const SolverStepArgs&);
+    bool (*abs_rank)(const AbsRankArgs&);
 };

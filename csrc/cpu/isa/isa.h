@@ -9,6 +9,10 @@ bool spectral_conv(const ConvArgs& args);
 bool spectral_conv_weight_grad(const WeightGradArgs& args);
 bool truncated_rfft(const TransformArgs& args);
 bool truncated_irfft(const TransformArgs& args);
+bool exp_step(const ExpStepArgs& args);
+bool exp_step_backward(const ExpStepBackwardArgs& args);
+bool solver_step(const SolverStepArgs& args);
+bool abs_rank(const AbsRankArgs& args);
 
 // Long signals that lie contiguous in memory have kernels of their own.
 bool rows_path_serves(const ConvArgs& args);

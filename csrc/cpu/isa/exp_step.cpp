@@ -1,0 +1,139 @@
+// exp_step and its gradients: one pass over memory.
+#include "../parallel.h"
+#include "isa.h"
+#include "steps.h"
+
+namespace DSNO_ISA {
+namespace {
+
+struct ExpStep {
+    const ExpStepArgs& args;
+    Chunks chunks;
+    bool streams, in_place;
+
+    explicit ExpStep(const ExpStepArgs& a)
+        : args(a),
+          chunks(a.size),
+          streams(can_stream(a.out, a.samples, a.size)),
+          in_place(a.out.dtype == kFloat32) {
+        for (int j = 0; j < a.terms; ++j) in_place = in_place && a.term[j].dtype == kFloat32;
+    }
+
+    static void task(void* context, int64_t task, int) {
+        const auto& self = *static_cast<const ExpStep*>(context);
+        const ExpStepArgs& a = self.args;
+        const int64_t sample = self.chunks.sample(task), first = sample * a.size;
+        Terms terms;
+        for (int j = 0; j < a.terms; ++j) terms.add(row_value(a.rows, sample, j), j);
+        const int64_t end = self.chunks.end(task);
+        const int64_t block = self.in_place ? kStepChunk : kStepBlock;
+        alignas(64) float buffers[kMaxTerms + 1][kStepBlock];
+        const float* values[kMaxTerms];
+        for (int64_t i = self.chunks.begin(task); i < end; i += block) {
+            const int64_t count = min64(block, end - i);
+            for (int k = 0; k < terms.count; ++k) {
+                const int j = terms.id[k];
+                values[j] = read_block(a.term[j], first + i, count, buffers[j]);
+            }
+            if (a.out.dtype == kFloat32) {
+                terms.sum(values, count, reinterpret_cast<float*>(step_element(a.out, first + i)),
+                          self.streams);
+            } else {
+                terms.sum(values, count, buffers[kMaxTerms]);
+                write_block(a.out, first + i, count, buffers[kMaxTerms]);
+            }
+        }
+        if (self.streams) fence_streams();
+    }
+};
+
+// <x, y> of a block: chains of kStepBlock / (4 lanes) float32 sums, then float64.
+static double dot_block(const float* x, const float* y, int64_t count) {
+    Vec sums[4] = {zero(), zero(), zero(), zero()};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+        for (int v = 0; v < 4; ++v) {
+            sums[v] = fma(load(x + i + v * kLanes), load(y + i + v * kLanes), sums[v]);
+        }
+    }
+    for (; i < count; i += kLanes) {
+        const int rest = static_cast<int>(min64(kLanes, count - i));
+        sums[0] = fma(load_some(reinterpret_cast<const char*>(x + i), kFloat32, rest),
+                      load_some(reinterpret_cast<const char*>(y + i), kFloat32, rest), sums[0]);
+    }
+    float lanes[4 * kLanes];
+    for (int v = 0; v < 4; ++v) store(lanes + v * kLanes, sums[v]);
+    double sum = 0.0;
+    for (const float lane : lanes) sum += static_cast<double>(lane);
+    return sum;
+}
+
+struct ExpStepBackward {
+    const ExpStepBackwardArgs& args;
+    Chunks chunks;
+    double* partial = nullptr;  // [task][terms]
+
+    explicit ExpStepBackward(const ExpStepBackwardArgs& a) : args(a), chunks(a.size) {}
+
+    static void task(void* context, int64_t task, int) {
+        const auto& self = *static_cast<const ExpStepBackward*>(context);
+        const ExpStepBackwardArgs& a = self.args;
+        const int64_t sample = self.chunks.sample(task), first = sample * a.size;
+        Terms scaled[kMaxTerms];
+        double dots[kMaxTerms] = {};
+        for (int j = 0; j < a.terms; ++j) {
+            if (a.grad[j].data) scaled[j].add(row_value(a.rows, sample, j), 0);
+        }
+        alignas(64) float g_buffer[kStepBlock];
+        alignas(64) float buffer[kStepBlock];
+        const int64_t end = self.chunks.end(task);
+        for (int64_t i = self.chunks.begin(task); i < end; i += kStepBlock) {
+            const int64_t count = min64(kStepBlock, end - i);
+            const float* g = read_block(a.g, first + i, count, g_buffer);
+            for (int j = 0; j < a.terms; ++j) {
+                if (a.dots && a.term[j].data) {
+                    dots[j] += dot_block(g, read_block(a.term[j], first + i, count, buffer), count);
+                }
+                if (!a.grad[j].data) continue;
+                if (a.grad[j].dtype == kFloat32) {
+                    scaled[j].sum(&g, count,
+                                  reinterpret_cast<float*>(step_element(a.grad[j], first + i)));
+                } else {
+                    scaled[j].sum(&g, count, buffer);
+                    write_block(a.grad[j], first + i, count, buffer);
+                }
+            }
+        }
+        if (!a.dots) return;
+        for (int j = 0; j < a.terms; ++j) self.partial[task * a.terms + j] = dots[j];
+    }
+};
+
+}  // namespace
+
+bool exp_step(const ExpStepArgs& args) {
+    ExpStep step(args);
+    parallel_for(args.threads, args.samples * step.chunks.per_sample, ExpStep::task, &step);
+    return true;
+}
+
+// The partial sums of a sample are added in the order of its chunks, whichever thread had them.
+bool exp_step_backward(const ExpStepBackwardArgs& args) {
+    ExpStepBackward step(args);
+    const int64_t tasks = args.samples * step.chunks.per_sample;
+    if (args.dots) {
+        const size_t bytes = sizeof(double) * static_cast<size_t>(tasks * args.terms);
+        step.partial = static_cast<double*>(scratch(bytes));
+        if (!step.partial) return false;
+    }
+    parallel_for(args.threads, tasks, ExpStepBackward::task, &step);
+    if (!args.dots) return true;
+    for (int64_t i = 0; i < args.samples * args.terms; ++i) args.dots[i] = 0.0;
+    for (int64_t task = 0; task < tasks; ++task) {
+        double* dots = args.dots + step.chunks.sample(task) * args.terms;
+        for (int j = 0; j < args.terms; ++j) dots[j] += step.partial[task * args.terms + j];
+    }
+    return true;
+}
+
+}  // namespace DSNO_ISA

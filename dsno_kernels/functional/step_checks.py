@@ -1,0 +1,137 @@
+"""Checks that the steps share: history, ring buffers, tables, memory to write into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsno_kernels.functional import checks
+from dsno_kernels.ops.exp_step import records_graph
+
+MAX_HISTORY = 8
+
+
+def history_entries(
+    history: Sequence[Tensor] | Tensor, head: int | Tensor | None, x: Tensor
+) -> tuple[list[Tensor], Tensor | None]:
+    """The entries newest first; with a tensor for a head the slots, and that head."""
+    if isinstance(history, Tensor):
+        if history.ndim != x.ndim + 1:
+            raise ValueError(
+                f"a history in one tensor must have shape [k, {', '.join(map(str, x.shape))}],"
+                f" got {tuple(history.shape)}"
+            )
+        entries = list(history.unbind(0))
+    else:
+        entries = list(history)
+        if head is not None:
+            raise ValueError("head belongs to a ring buffer: history in one tensor [k, *x.shape]")
+    if len(entries) > MAX_HISTORY:
+        raise ValueError(f"history must hold at most {MAX_HISTORY} entries, got {len(entries)}")
+    if head is None:
+        return entries, None
+    if not entries:
+        raise ValueError("head belongs to a ring buffer with at least one slot, got none")
+    if isinstance(head, Tensor):
+        integer_tensor("head", head, x)
+        if head.ndim:
+            raise ValueError(f"head must be a tensor without axes, got shape {tuple(head.shape)}")
+        return entries, head
+    checks.integer("head", head)
+    k = len(entries)
+    return [entries[(head - j) % k] for j in range(k)], None
+
+
+def rows(
+    coefficients: Sequence[float] | Tensor, index: int | Tensor | None, columns: int, x: Tensor
+) -> tuple[Tensor | None, list[float], Tensor | None]:
+    """Coefficients as a tensor or as numbers, and the index where it is a tensor."""
+    if isinstance(coefficients, Tensor):
+        table, index = table_rows("coefficients", coefficients, index, x)
+        found = table.shape[-1]
+    else:
+        if index is not None:
+            raise ValueError("index chooses a row of a table: coefficients must be a tensor")
+        table, index, values = None, None, numbers("coefficients", coefficients)
+        found = len(values)
+    if found != columns:
+        raise ValueError(
+            f"coefficients must have one column for x, each entry of history and noise:"
+            f" {columns} columns, got {found}"
+        )
+    return table, values if table is None else [], index
+
+
+def numbers(name: str, coefficients: Sequence[float]) -> list[float]:
+    values = []
+    for c in coefficients:
+        if not isinstance(c, (float, int)):
+            raise TypeError(f"{name} must be numbers or one tensor, got {c!r} among them")
+        if not math.isfinite(c):
+            raise ValueError(f"{name} must be finite, got {c!r}")
+        values.append(float(c))
+    return values
+
+
+def table_rows(
+    name: str, table: Tensor, index: int | Tensor | None, x: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """A row `[cols]`, rows `[B, cols]`, or a table and its index; an int has chosen already."""
+    checks.real(name, table)
+    if table.device != x.device:
+        raise ValueError(f"{name} must be on the device of x ({x.device}), got {table.device}")
+    if index is None:
+        if table.ndim == 1 or (table.ndim == 2 and x.ndim and table.shape[0] == x.shape[0]):
+            return table, None
+        raise ValueError(
+            f"{name} must have shape [cols], or [B, cols] for the batch of x, {tuple(x.shape)}, or"
+            f" come with an index; got {tuple(table.shape)}"
+        )
+    if table.ndim != 2 or table.shape[0] == 0:
+        raise ValueError(
+            f"with an index, {name} must be a table [N, cols], got {tuple(table.shape)}"
+        )
+    if not isinstance(index, Tensor):
+        checks.integer("index", index)
+        if not 0 <= index < table.shape[0]:
+            raise ValueError(f"index {index} is out of range for a table of {table.shape[0]} rows")
+        return table[index], None
+    integer_tensor("index", index, x)
+    if index.ndim and (index.ndim > 1 or x.ndim == 0 or index.shape[0] != x.shape[0]):
+        raise ValueError(
+            f"index must have no axes, or shape [B] for the batch of x, {tuple(x.shape)};"
+            f" got {tuple(index.shape)}"
+        )
+    return table, index
+
+
+def like(name: str, value: object, x: Tensor) -> None:
+    """Refuse what is no real tensor of the shape and on the device of x."""
+    checks.tensor(name, value)
+    assert isinstance(value, Tensor)
+    checks.real(name, value)
+    if value.shape != x.shape:
+        raise ValueError(
+            f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}"
+        )
+    checks.same_device({"x": x, name: value})
+
+
+def integer_tensor(name: str, value: Tensor, x: Tensor) -> None:
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be torch.int64 or torch.int32, got {value.dtype}")
+    checks.same_device({"x": x, name: value})
+
+
+def in_place_target(name: str, x: Tensor, inputs: Sequence[Tensor | None]) -> None:
+    """Refuse to write where a graph or a shared element would be damaged."""
+    if records_graph(inputs):
+        raise ValueError(
+            f"inplace=True records no graph, but an input requires a gradient: detach it, call"
+            f" under torch.no_grad(), or leave {name} as it is (inplace=False)"
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(f"inplace=True cannot write into {name}: its elements share memory")

@@ -1,0 +1,242 @@
+"""Op `solver_step`: guidance, conversion, clamp and both sums of a solver's row in one pass.
+
+Where a graph is recorded the same step is composed of differentiable `exp_step` calls, so that the
+gradients of every input, the table included, are theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsno_kernels import _dense
+from dsno_kernels.backends import Request, reference_steps, select
+from dsno_kernels.ops import define, on_reference, under_transform
+from dsno_kernels.ops.dynamic_threshold import divide_by_scale, threshold_scale
+from dsno_kernels.ops.exp_step import check_index, differentiable_exp_step, records_graph
+from dsno_kernels.ops.exp_step import per_sample as rows_per_sample
+
+Results = list[Tensor | None]  # base', point', h_0, the model's next input; None: not wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The inputs of one step, as `reference_steps.solver_step` takes them."""
+
+    point: Tensor
+    output: Tensor
+    unconditional: Tensor | None = None
+    base: Tensor | None = None
+    history: list[Tensor] = dataclasses.field(default_factory=list)  # with `head` slots of a ring
+    head: Tensor | None = None
+    noise: Tensor | None = None
+    seed: Tensor | None = None  # int64 [2]
+    table: Tensor | None = None
+    values: list[float] = dataclasses.field(default_factory=list)
+    index: Tensor | None = None
+    guidance: Tensor | None = None
+    guidance_value: float = 1.0
+    scale: Tensor | None = None
+    low: float | None = None
+    high: float | None = None
+    looks_ahead: bool = False
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The fields in their order, which is that of the op's arguments."""
+        return {name: getattr(self, name) for name in _FIELDS}
+
+    @property
+    def order(self) -> int:
+        """K, the entries of history with the new one."""
+        columns = len(self.values) if self.table is None else self.table.shape[-1]
+        return columns // 2 - 3
+
+    @property
+    def per_sample(self) -> bool:
+        guided = self.guidance is not None and self.guidance.ndim == 1
+        return rows_per_sample(self.table, self.index) or guided or self.scale is not None
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        named = (self.point, self.output, self.unconditional, self.base, self.noise)
+        return [*named, *self.history]
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Step))
+
+
+class Memory(NamedTuple):
+    """Where results are written in place of new tensors: base', and h_0 as a slot of a ring."""
+
+    base: Tensor | None = None
+    ring: Tensor | None = None
+    slot: int = 0  # where there is no head; else slot head + 1
+
+
+def _check_rows(step: Step) -> None:
+    """What rows on the host ask for must be there; rows on a device are not looked at."""
+    if step.table is None:
+        found = [step.values]
+    elif step.table.device.type == "cpu":
+        check_index(step.index, step.table.shape[0])
+        rows = reference_steps.select_rows(step.table, step.index)
+        found = rows.reshape(-1, rows.shape[-1]).tolist()
+    else:
+        return
+    K, entries = step.order, len(step.history)
+    for row in found:
+        if any(row[4 + entries : 3 + K]) or any(row[6 + K + entries : 5 + 2 * K]):
+            raise ValueError(
+                f"the row reads {K - 1} entries of history, but {entries} are given, and its other"
+                " columns are not 0"
+            )
+        if row[3 + K] != 0 and step.noise is None and step.seed is None:
+            raise ValueError("the row adds noise (its column s is not 0): give noise or seed")
+
+
+def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    step, memory, (codes, backend) = Step(*args[:17]), Memory(*args[17:20]), args[20:]
+    dtypes = [None if code < 0 else _dense.DTYPES[code] for code in codes]
+    _check_rows(step)
+    results = _empty(step, dtypes)
+    if step.point.numel() == 0:
+        return results
+    dtype = reference_steps.compute_dtype(step.tensors)
+    module = select(backend, Request("solver_step", step.point.device, dtype))
+    found = module.solver_step(
+        **step.named,
+        dtypes=dtypes,
+        new_base=memory.base,
+        ring=memory.ring,
+        slot=memory.slot,
+    )
+    for tensor in (memory.base, memory.ring):
+        if tensor is not None:
+            torch.autograd.graph.increment_version(tensor)
+    return tuple(
+        empty if new is None else _dense.laid_out_like(new, empty)
+        for new, empty in zip(found, results, strict=True)
+    )  # type: ignore[return-value]
+
+
+def _empty(
+    step: Step, dtypes: Sequence[torch.dtype | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialized results, of no elements where one is not wanted."""
+    return tuple(
+        step.point.new_empty(0)
+        if dtype is None
+        else _dense.output_like(step.point, dtype, step.per_sample)
+        for dtype in dtypes
+    )  # type: ignore[return-value]
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtypes = [None if code < 0 else _dense.DTYPES[code] for code in args[20]]
+    return _empty(Step(*args[:17]), dtypes)
+
+
+op = define(
+    "solver_step(Tensor point, Tensor output, Tensor? unconditional, Tensor? base,"
+    " Tensor[] history, Tensor? head, Tensor? noise, Tensor? seed, Tensor? table, float[] values,"
+    " Tensor? index, Tensor? guidance, float guidance_value, Tensor? scale, float? low,"
+    " float? high, bool looks_ahead, Tensor(a!)? new_base, Tensor(b!)? ring, int slot,"
+    " int[] dtypes, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
+
+
+def solver_step(
+    step: Step,
+    threshold: tuple[float, float, str] | None,
+    memory: Memory,
+    dtypes: Sequence[torch.dtype | None],
+    backend: str,
+) -> Results:
+    """One step. `threshold`: (ratio, max_value, definition). `dtypes`: None where no result is
+    wanted.
+    """
+    graph = records_graph([*step.tensors, step.table, step.guidance])
+    if graph or under_transform():
+        return _composed(step, threshold, dtypes, backend)
+    if threshold is not None:
+        compute = reference_steps.compute_dtype(step.tensors)
+        entry = _fused(step, Memory(), [None, None, compute, None], backend)[2]
+        assert entry is not None
+        step = dataclasses.replace(step, scale=threshold_scale(entry, *threshold, backend))
+    return _fused(step, memory, dtypes, backend)
+
+
+def _fused(
+    step: Step, memory: Memory, dtypes: Sequence[torch.dtype | None], backend: str
+) -> Results:
+    codes = [-1 if dtype is None else _dense.DTYPES.index(dtype) for dtype in dtypes]
+    results = op(*step.named.values(), *memory, codes, backend)
+    return [new if code >= 0 else None for new, code in zip(results, codes, strict=True)]
+
+
+def _composed(
+    step: Step,
+    threshold: tuple[float, float, str] | None,
+    dtypes: Sequence[torch.dtype | None],
+    backend: str,
+) -> Results:
+    """The step as differentiable calls; `reference_steps.solver_step` says what they compute."""
+    dtype = reference_steps.compute_dtype(step.tensors)
+    table, values, K = step.table, step.values, step.order
+    if not torch.compiler.is_compiling() and not under_transform():
+        _check_rows(step)
+    if table is not None and step.index is not None:
+        table = table[step.index]
+
+    def weighted(tensors: list[Tensor], columns: list[int]) -> Tensor:
+        rows = None if table is None else table[..., columns]
+        numbers = [values[j] for j in columns] if table is None else []
+        return differentiable_exp_step(tensors, rows, numbers, None, dtype, backend)
+
+    m = step.output
+    if step.unconditional is not None:
+        if step.guidance is None:
+            rows, numbers = None, [1 - step.guidance_value, step.guidance_value]
+        else:
+            rows, numbers = torch.stack([1 - step.guidance, step.guidance], -1), []
+        m = differentiable_exp_step([step.unconditional, m], rows, numbers, None, dtype, backend)
+    h = weighted([step.point, m], [0, 1])
+    if threshold is not None:
+        h = divide_by_scale(h, threshold_scale(h, *threshold, backend))
+    elif step.low is not None or step.high is not None:
+        h = torch.clamp(h, step.low, step.high)
+    noise = step.noise
+    if step.seed is not None:
+        noise = draw_noise(step.point.detach(), step.seed, dtype, backend)
+    entries = reference_steps.newest_first(step.history, step.head)[: K - 1]
+    terms, columns = [step.point if step.base is None else step.base, h, *entries], [2]
+    columns += range(3, 4 + len(entries))
+    if noise is not None:
+        terms, columns = [*terms, noise], [*columns, 3 + K]
+    base = point = weighted(terms, columns)
+    if step.looks_ahead:
+        point = weighted([base, h, *entries], [4 + K, *range(5 + K, 6 + K + len(entries))])
+    model_input = weighted([point], [5 + 2 * K]) if dtypes[3] is not None else None
+    results = (base, point, h, model_input)
+    return [
+        None if new is None or kept is None else new.to(kept)
+        for new, kept in zip(results, dtypes, strict=True)
+    ]
+
+
+def draw_noise(x: Tensor, seed: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """The noise that the fused step draws for a state x: a row that is noise alone."""
+    if under_transform():
+        return on_reference(reference_steps.noise_like, backend, x, seed).to(dtype)
+    row = [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    step = Step(point=x, output=x, seed=seed, values=row)
+    noise = _fused(step, Memory(), [dtype, None, None, None], backend)[0]
+    assert noise is not None
+    return noise

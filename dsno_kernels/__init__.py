@@ -7,6 +7,33 @@ from dsno_kernels.functional import (
     dynamic_threshold,
     exp_step,
     explain,
+    group_norm_silu,
+    solver_step,
+    spectral_conv,
+    spectral_conv_weight_grad,
+    truncated_irfft,
+    truncated_rfft,
+)
+from dsno_kernels.swap import restore_layers, swap_layers, swapped
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
     "SolverStep",
+    "diffusion",
     "dynamic_threshold",
     "exp_step",
+    "explain",
+    "group_norm_silu",
+    "models",
+    "nn",
+    "restore_layers",
+    "solver_step",
+    "spectral_conv",
+    "spectral_conv_weight_grad",
+    "swap_layers",
+    "swapped",
+    "truncated_irfft",
+    "truncated_rfft",
+    "use_backend",
+]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dsno_kernels._modes import max_modes
-from dsno_kernels.functional import spectral_conv
+from dsno_kernels.functional.spectral_conv import spectral_conv
 
 Kernel = Callable[..., "Tensor | None"]
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsno_kernels import precision as precisions
-from dsno_kernels.functional import spectral_conv
+from dsno_kernels.functional.spectral_conv import spectral_conv
 
 NEGATIVE_SLOPE = 0.01
 

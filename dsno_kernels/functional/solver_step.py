@@ -248,9 +248,7 @@ def _memory(
     if not store:
         return _step.Memory(target if inplace else None)
     if head is None or not isinstance(history, Tensor):
-        raise ValueError(
-            "store=True writes into a ring buffer: history in one tensor, and its head"
-        )
+        raise ValueError("store=True writes into a ring buffer: history in one tensor, with head")
     step_checks.in_place_target("history", history, inputs)
     slot = 0 if isinstance(head, Tensor) else (head + 1) % history.shape[0]
     return _step.Memory(target if inplace else None, history, slot)

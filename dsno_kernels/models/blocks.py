@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsno_kernels.functional import group_norm_silu
+from dsno_kernels.functional.group_norm_silu import group_norm_silu
 from dsno_kernels.nn import NIN, variance_scaling_
 
 NORM_EPS = 1e-6

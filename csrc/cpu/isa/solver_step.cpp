@@ -74,21 +74,22 @@ struct SolverStep {
             if (a.seed && has(base, kNoise)) {
                 values[kNoise] = normal_block(a.seed, at, count, noise);
             }
-            // base' and point' go through L1: the outputs may be inputs that are still to be read.
-            if (a.new_base.data || a.new_point.data || a.model_input.data) {
+            // Results are written last: each may lie where an input lay that is read until here.
+            const bool advances = a.new_base.data || a.new_point.data || a.model_input.data;
+            if (advances) {
                 base.sum(values, count, buffers[kBase]);
                 values[kBase] = buffers[kBase];
             }
-            if (a.new_base.data) write_block(a.new_base, at, count, values[kBase]);
-            if (a.looks_ahead) {
+            if (a.looks_ahead && advances) {
                 point.sum(values, count, next_point);
                 values[kBase] = next_point;
             }
-            if (a.new_point.data) write_block(a.new_point, at, count, values[kBase]);
             if (a.model_input.data) {
                 input.sum(values, count, narrow);
                 write_block(a.model_input, at, count, narrow);
             }
+            if (a.new_base.data) write_block(a.new_base, at, count, buffers[kBase]);
+            if (a.new_point.data) write_block(a.new_point, at, count, values[kBase]);
             if (a.entry.data) write_block(a.entry, at, count, values[kHistory]);
         }
     }

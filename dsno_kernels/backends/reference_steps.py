@@ -209,7 +209,8 @@ def solver_step(
     columns = [2, *range(3, 4 + len(entries))]
     if noise is not None:
         terms, columns = [*terms, noise.to(dtype)], [*columns, 3 + K]
-    total = new_point = weighted(terms, columns)
+    total = weighted(terms, columns)
+    new_point = total.clone()  # an op must not return one tensor twice
     if looks_ahead:
         ahead = [4 + K, *range(5 + K, 6 + K + len(entries))]
         new_point = weighted([total, h, *entries], ahead)

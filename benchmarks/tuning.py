@@ -35,6 +35,10 @@ class Spills(Rejected):
     """Too few registers: larger tiles spill too, however deep they load ahead."""
 
 
+class Overflows(Rejected):
+    """Too little shared memory: larger tiles overflow too, if they load as far ahead."""
+
+
 class Tried(NamedTuple):
     """A candidate: the model's guess before it was compiled, its score, and what is wrong."""
 
@@ -104,11 +108,17 @@ class Gate:
             report = self.pending[one].result() if one in self.pending else compiled(one)
             problem = report if isinstance(report, str) else self._problem(one, report)
             if problem is not None:
-                spills = isinstance(report, Report) and report.stack
-                raise Spills(problem) if spills else Rejected(problem)
+                raise self._kind(report)(problem)
             assert isinstance(report, Report)
             reports.append(report)
         return Usage(reports[0].registers, reports[0].shared, reports[0].async_copies > 0)
+
+    def _kind(self, report: Report | str) -> type[Rejected]:
+        if isinstance(report, str):
+            return Rejected
+        return (
+            Spills if report.stack else Overflows if report.shared > self.gpu.shared else Rejected
+        )
 
     def _problem(self, one: Launch, report: Report) -> str | None:
         if self.capability in test_triton_aot.SHARED:
@@ -180,7 +190,8 @@ def choose(
     """Try the old configuration, then at most `most` candidates in order, for `seconds`.
 
     `guess` is the model before compilation. Where it bounds the score from below (`bounded`), the
-    search ends at the first candidate that cannot win. The winner passes the whole gate.
+    search ends at the first candidate that cannot win; only what passes the whole gate is scored
+    then, or what cannot be used would end it. Otherwise the winner passes the whole gate.
     """
     tried: list[Tried] = []
     unfit: list[tuple[Config, Rejected]] = []
@@ -194,7 +205,7 @@ def choose(
         if any(_needs_more(config, *one) for one in unfit):
             continue
         try:
-            usage = check(key, config, False)
+            usage = check(key, config, bounded)
         except Rejected as error:
             unfit.append((config, error))
             tried.append(Tried(config, guess(config), None, str(error)))
@@ -234,11 +245,13 @@ def _winner(
 
 
 def _needs_more(config: Config, unfit: Config, reason: Rejected) -> bool:
-    """Whether a configuration holds at least as much on chip as one that was unfit."""
+    """Whether a configuration must fail for the reason for which another one failed."""
+    larger = all(a >= b for a, b in zip(config.tile, unfit.tile, strict=True))
+    ahead = config.num_stages >= unfit.num_stages
     return (
-        all(a >= b for a, b in zip(config.tile, unfit.tile, strict=True))
+        larger
         and config.num_warps == unfit.num_warps
-        and (config.num_stages >= unfit.num_stages or isinstance(reason, Spills))
+        and (isinstance(reason, Spills) or (isinstance(reason, Overflows) and ahead))
     )
 
 

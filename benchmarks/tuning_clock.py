@@ -136,7 +136,7 @@ def gpu_of(device: torch.device, capability: tuple[int, int]) -> Gpu:
     dram = measure.copy_rate(device)
     return Gpu(
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
         properties.shared_memory_per_multiprocessor,
         properties.max_threads_per_multi_processor,
         dram,

@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 
 from benchmarks import journal, tune, tuning, tuning_clock, tuning_model
 from benchmarks.shapes import find
-from benchmarks.tuning import Rejected, Spills, TableFile, choose
+from benchmarks.tuning import Overflows, Rejected, Spills, TableFile, choose
 from benchmarks.tuning_clock import Stopwatch
 from benchmarks.tuning_model import GPUS, Usage, Work
 from dsno_kernels.backends import reference
@@ -211,8 +211,8 @@ def try_all(
     def check(key: RowKey, config: Config, every: bool) -> Usage:
         if every and config in unfit:
             raise Rejected("another launch spills")
-        if times.get(config) == "spills":
-            raise Spills("spills")
+        if times.get(config) in (reasons := {"spills": Spills, "overflows": Overflows}):
+            raise reasons[str(times[config])](str(times[config]))
         return FITS
 
     def score(key: RowKey, config: Config, usage: Usage) -> float:
@@ -268,8 +268,9 @@ def test_the_best_that_passes_the_gate_wins(
     assert refused == list(unfit)
 
 
-def test_larger_tiles_than_one_that_spills_are_not_compiled() -> None:
-    choice = try_all(times_of(10, 9, "spills", 1))
+@pytest.mark.parametrize("reason", ["spills", "overflows"])
+def test_larger_tiles_than_one_that_is_too_large_are_not_compiled(reason: str) -> None:
+    choice = try_all(times_of(10, 9, reason, 1))
     assert [one.config for one in choice.tried] == CONFIGS[:3] and choice.new == CONFIGS[1]
 
 
@@ -277,6 +278,12 @@ def test_a_bounded_search_ends_where_nothing_can_win() -> None:
     guesses = dict(zip(CONFIGS, (9, 7, 8, 8), strict=True))
     choice = try_all(times_of(10, 8, 7, 1), guess=guesses.__getitem__, bounded=True)
     assert [one.config for one in choice.tried] == CONFIGS[:2] and choice.new == CONFIGS[1]
+
+
+def test_a_candidate_that_fails_the_whole_gate_does_not_end_a_bounded_search() -> None:
+    guesses = dict(zip(CONFIGS, (9, 7, 7.5, 7.5), strict=True))
+    choice = try_all(times_of(10, 7, 8, 8), (CONFIGS[1],), guess=guesses.__getitem__, bounded=True)
+    assert choice.new == CONFIGS[2]
 
 
 def test_a_row_ends_when_its_time_is_over_but_the_old_one_is_always_timed() -> None:

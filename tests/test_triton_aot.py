@@ -1,17 +1,19 @@
 """Every row of the launch tables, compiled for the GPUs it is meant for; no GPU is needed.
 
 A row passes when nothing spills, its shared memory fits, its products run where they should (wgmma
-on Hopper, mma on Ampere, float32 units for "ieee") and every address is computed in 64 bits.
+on Hopper, mma on Ampere, float32 units for "ieee"), every address is computed in 64 bits, and every
+load in its main loop is 16 bytes wide where pixels are contiguous and aligned.
 """
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
+from dsno_kernels._modes import coefficients
 from dsno_kernels.backends import triton as backend
 from dsno_kernels.backends.triton import configs
 from dsno_kernels.backends.triton.configs import Architecture
@@ -30,6 +33,7 @@ from tests.triton_aot import Launch, Report
 # Shared memory that one program may use, bytes (CUDA programming guide, table of compute
 # capabilities): 163, 99 and 227 KiB.
 SHARED = {80: 166_912, 86: 101_376, 90: 232_448}
+SIZES = {"*fp32": 4, "*fp16": 2, "*bf16": 2, "*u8": 1}
 AXES = {"time_dim": 1, "channel_dim": 2}
 SLOPE = 0.01
 
@@ -123,8 +127,8 @@ def launches(capability: int) -> list[Launch]:
 
 def problem_of(one: Launch, report: Report) -> str | None:
     constants = dict(one.constants)
-    if report.stack:
-        return f"spills: {report.stack} bytes of stack"
+    if report.stack or report.local:
+        return f"spills: {report.stack} bytes of stack, {report.local} instructions"
     if report.shared > SHARED[one.capability]:
         return f"{report.shared} bytes of shared memory, {SHARED[one.capability]} fit"
     if report.narrow_addresses:
@@ -134,7 +138,103 @@ def problem_of(one: Launch, report: Report) -> str | None:
         expected = "none" if constants["METHOD"] == "ieee" else "wgmma" if hopper else "mma"
         if report.tensor_cores != expected:
             return f"products run on {report.tensor_cores}, expected {expected}"
+    return narrow_access(one, report)
+
+
+class Tile(NamedTuple):
+    """What a program loads or stores at once, with the letter of its strides; planes have none."""
+
+    pointer: str
+    letter: str
+    elements: int
+
+
+def narrow_access(one: Launch, report: Report) -> str | None:
+    """The rule of 16 bytes: so wide are all loads in the main loop and all stores of tensors whose
+    pixels are contiguous and aligned, of spectra, and of packed weights. A tile of fewer bytes a
+    thread moves at once.
+    """
+    loads, stores = tiles_of(one)
+    for what, tiles, found in ("load", loads, report.loop_loads), ("store", stores, report.stores):
+        needed: collections.Counter[int] = collections.Counter()
+        for tile in tiles:
+            item = SIZES[dict(one.signature)[tile.pointer]]
+            size = item * tile.elements // (32 * one.num_warps)
+            # The weight gradient stages 16-bit tensors for operands of 32 bits at half the width.
+            halved = item == 2 and "weight_grad" in one.kernel and not is_bfloat16(one)
+            largest = 8 if halved else 16
+            if is_aligned(one, tile):
+                needed[min(size, largest)] += max(size // largest, 1)
+        for width in needed:
+            wanted = sum(count for other, count in needed.items() if other >= width)
+            wide = sum(count for other, count in found.items() if int(other) >= width)
+            if wide < wanted:
+                return f"{wanted} {what}s of at least {width} bytes expected, got {found}"
     return None
+
+
+def is_bfloat16(one: Launch) -> bool:
+    return str(dict(one.constants)["METHOD"]).startswith("bf16")
+
+
+def is_aligned(one: Launch, tile: Tile) -> bool:
+    places = [name for name, _ in one.signature]
+    multiples = {places[place] for place in one.divisible}
+    if tile.pointer == "weight_ptr":
+        return dict(one.constants)["PACKED"]
+    if not tile.letter:
+        return "rows" in multiples
+    strides = {name for name in places if name.startswith(f"stride_{tile.letter}")}
+    contiguous = f"stride_{tile.letter}p"
+    return (
+        dict(one.constants).get(contiguous) == 1
+        and (strides | {"P", "padded_pixels"}) - {contiguous} <= multiples
+    )
+
+
+def tiles_of(one: Launch) -> tuple[list[Tile], list[Tile]]:
+    """What a kernel loads in a step of its main loop, and what it stores; without sign bits,
+    tables, and what is small.
+    """
+    c = dict(one.constants)
+    halves = 2 if str(c.get("METHOD")).endswith("x3") else 1
+    match one.kernel:
+        case "spectral_conv_kernel":
+            planes = halves * len(coefficients(c["T"], c["K"]))
+            return (
+                c["T"] * [Tile("x_ptr", "x", c["BLOCK_P"] * c["BLOCK_I"])]
+                + planes * [Tile("weight_ptr", "w", c["BLOCK_I"] * c["BLOCK_O"])],
+                c["N"] * [Tile("y_ptr", "y", c["BLOCK_P"] * c["BLOCK_O"])],
+            )
+        case "spectral_conv_weight_grad_kernel":
+            return (
+                c["T"] * [Tile("x_ptr", "x", c["BLOCK_R"] * c["BLOCK_I"])]
+                + c["N"] * [Tile("grad_ptr", "g", c["BLOCK_R"] * c["BLOCK_O"])],
+                [],
+            )
+        case "spectral_conv_mix_kernel":
+            return (
+                2 * [Tile("z_ptr", "", c["BLOCK_R"] * c["BLOCK_I"])]
+                + 2 * halves * [Tile("weight_ptr", "w", c["BLOCK_I"] * c["BLOCK_O"])],
+                2 * [Tile("y_ptr", "", c["BLOCK_R"] * c["BLOCK_O"])],
+            )
+        case "spectral_conv_weight_grad_planes_kernel":
+            return (
+                2 * [Tile("z_ptr", "", c["BLOCK_R"] * c["BLOCK_I"])]
+                + 2 * [Tile("g_ptr", "", c["BLOCK_R"] * c["BLOCK_O"])],
+                [],
+            )
+        case "truncated_rfft_kernel":
+            return (
+                [Tile("x_ptr", "x", c["BLOCK_R"] * c["BLOCK_T"])],
+                [Tile("spectrum_ptr", "s", c["BLOCK_R"] * c["BLOCK_M"])],
+            )
+        case "truncated_irfft_kernel":
+            return (
+                [Tile("spectrum_ptr", "s", c["BLOCK_R"] * c["BLOCK_M"])],
+                [Tile("y_ptr", "y", c["BLOCK_R"] * c["BLOCK_T"])],
+            )
+    return [], []
 
 
 def left_rows(one: Launch, constants: dict[str, Any]) -> int:

@@ -111,6 +111,20 @@ def test_adjoint(name: str) -> None:
     check_conv(BUDGETS["fp32"], x, weight, n=y.shape[axes["time_dim"]], adjoint=True, **axes)
 
 
+@pytest.mark.parametrize("precision", BUDGETS)
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("name", ["dsno_channel_blocks", "eight_all_modes", "nine", "longer"])
+def test_packed_weights(
+    name: str, adjoint: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU of one program is filled by any problem: all take the wide rows, which pack."""
+    wide_rows = table_with("tf32x3")._replace(programs=1)
+    monkeypatch.setattr(launch, "architecture", lambda device: wide_rows)
+    x, weight, y, axes = problem(name, adjoint)
+    n = y.shape[axes["time_dim"]]
+    check_conv(BUDGETS[precision], x, weight, n=n, adjoint=adjoint, precision=precision, **axes)
+
+
 @pytest.mark.parametrize("name", ["dsno_nyquist", "nine", "longer", "no_pixels"])
 def test_adjoint_after_leaky_relu(name: str) -> None:
     x, weight, y, axes = problem(name, adjoint=True)

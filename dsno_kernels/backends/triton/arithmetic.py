@@ -177,12 +177,21 @@ def pixel_rows(start, padded_pixels, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def channel_rows(start, rows, padded_pixels, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Channel, batch and pixel; row c * rows + b * padded_pixels + p is pixel p of b and c."""
-    first = start // rows
-    row = (start - first * rows).to(rows.dtype) + tl.arange(0, BLOCK) * STEP
-    c = first + (row // rows).to(tl.int64)
-    row = row % rows
-    return c, (row // padded_pixels).to(tl.int64), (row % padded_pixels).to(tl.int64)
+    """Channel, batch and pixel; row c * rows + b * padded_pixels + p is pixel p of b and c.
+
+    As in `pixel_rows`, the rows themselves are divided once: through a second division the compiler
+    no longer sees that neighbors stay neighbors, and loads one element at a time.
+    """
+    batch = rows // padded_pixels
+    first = start // padded_pixels
+    row = (start - first * padded_pixels).to(padded_pixels.dtype) + tl.arange(0, BLOCK) * STEP
+    c = first // batch
+    b = (first - c * batch).to(rows.dtype) + row // padded_pixels
+    return (
+        c + (b // batch).to(tl.int64),
+        (b % batch).to(tl.int64),
+        (row % padded_pixels).to(tl.int64),
+    )
 
 
 @triton.jit

@@ -1,9 +1,14 @@
-"""Launchers of `spectral_conv`: one kernel for few coefficients, three for the rest."""
+"""Plans and launches of `spectral_conv`: one kernel for few coefficients, three for the rest.
+
+All that follows from shapes, strides, dtypes and options is planned once (`_plan`, which touches no
+tensor); a call looks its plan up, allocates, and launches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +18,103 @@ from dsno_kernels._layout import Axes
 from dsno_kernels._modes import coefficients
 from dsno_kernels.backends.triton import configs, kernels_general, kernels_small, launch
 from dsno_kernels.backends.triton.configs import Architecture, Config
-from dsno_kernels.backends.triton.transforms import irfft_into, rfft_into
+from dsno_kernels.backends.triton.launch import Launch, Operand
+from dsno_kernels.backends.triton.transforms import Irfft, Rfft, plan_irfft, plan_rfft
+
+
+class Buffer(NamedTuple):
+    """A tensor to allocate."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+class Spectrum(NamedTuple):
+    """The first bins of a tensor as planes `[K, 2, C, rows]`, and the launch that writes them."""
+
+    buffer: Buffer
+    rfft: Rfft
+
+    def run(self, x: Tensor, x_positive: Tensor | None) -> Tensor:
+        spectrum = self.buffer.empty()
+        self.rfft.run(x, x_positive, spectrum)
+        return spectrum
+
+
+class Weight(NamedTuple):
+    """How the kernels read the weight: as it is, or from planes that a launch packs first."""
+
+    buffer: Buffer | None
+    launch: Launch | None
+    arguments: dict[str, Any]
+
+    def run(self, weight: Tensor) -> Tensor:
+        if self.buffer is None or self.launch is None:
+            return weight
+        packed = self.buffer.empty()
+        launch.run(self.launch, weight, packed)
+        return packed
+
+
+class Fused(NamedTuple):
+    """All in one kernel."""
+
+    weight: Weight
+    launch: Launch
+
+    def run(
+        self,
+        x: Tensor,
+        x_positive: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        y: Tensor,
+        positive: Tensor | None,
+    ) -> None:
+        operand = self.weight.run(weight)
+        launch.run(self.launch, x, x_positive, operand, bias, residual, y, positive)
+
+
+class Planar(NamedTuple):
+    """A transform, products of channels, a transform back."""
+
+    spectrum: Spectrum
+    weight: Weight
+    mixed: Buffer
+    mix: Launch
+    irfft: Irfft
+
+    def run(
+        self,
+        x: Tensor,
+        x_positive: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        y: Tensor,
+        positive: Tensor | None,
+    ) -> None:
+        spectrum, operand = self.spectrum.run(x, x_positive), self.weight.run(weight)
+        mixed = self.mixed.empty()
+        launch.run(self.mix, spectrum, operand, mixed)
+        self.irfft.run(mixed, bias, residual, y, positive)
+
+
+class Plan(NamedTuple):
+    """What a call allocates, what it copies first, and what it launches."""
+
+    y_shape: tuple[int, ...]
+    y_strides: tuple[int, ...]
+    positive: Buffer | None
+    copy_x: bool
+    copy_residual: bool
+    kernels: Fused | Planar
+    table: Architecture  # kept alive, so that its id stays its own
 
 
 def spectral_conv(
@@ -33,40 +134,85 @@ def spectral_conv(
     precision: str = "fp32",
 ) -> tuple[Tensor, Tensor | None]:
     """See `backends.reference.spectral_conv`."""
-    O = weight.shape[0 if adjoint else 1]
-    y = _layout.empty(x, time_dim, channel_dim, n, O, out_dtype or torch.float32)
-    x, x_axes = _layout.canonical(x, time_dim, channel_dim)
-    y_axes = _layout.canonical(y, time_dim, channel_dim)[1]
-    residual_strides = (0, 0, 0, 0)
+    device, out_dtype = x.device, out_dtype or torch.float32
+    plan = _plan(
+        id(launch.architecture(device)),
+        device,
+        launch.operand(x),
+        launch.operand(weight),
+        launch.operand(residual),
+        bias if bias is None else bias.dtype,
+        time_dim,
+        channel_dim,
+        n,
+        adjoint,
+        negative_slope,
+        out_dtype,
+        save_positive,
+        x_positive is not None,
+        precision,
+    )
+    if plan.copy_x:
+        x = _layout.canonical(x, time_dim, channel_dim)[0]
+    if plan.copy_residual and residual is not None:
+        residual = _layout.canonical(residual, time_dim, channel_dim)[0]
+    y = torch.empty_strided(plan.y_shape, plan.y_strides, dtype=out_dtype, device=device)
+    positive = None if plan.positive is None else plan.positive.empty()
+    plan.kernels.run(
+        x,
+        x_positive if x_positive is None else x_positive.contiguous(),
+        weight,
+        bias if bias is None else bias.contiguous(),
+        residual,
+        y,
+        positive,
+    )
+    return y, positive
+
+
+@functools.lru_cache(maxsize=launch.PLANS)
+def _plan(
+    table_id: int,
+    device: torch.device,
+    x: Operand,
+    weight: Operand,
+    residual: Operand | None,
+    bias: torch.dtype | None,
+    time_dim: int,
+    channel_dim: int,
+    n: int,
+    adjoint: bool,
+    negative_slope: float | None,
+    out_dtype: torch.dtype,
+    save_positive: bool,
+    masked: bool,
+    precision: str,
+) -> Plan:
+    """The plan of a call with the table of `table_id`; dtypes that only kernels see are keys."""
+    table = launch.architecture(device)
+    axes, copy_x = launch.axes_of(x, time_dim, channel_dim)
+    O, K = weight[0][0 if adjoint else 1], weight[0][2]
+    y_shape, y_strides = _layout.find_output_layout(*x[:2], time_dim, channel_dim, n, O)
+    y_axes, _ = launch.axes_of((y_shape, y_strides, out_dtype), time_dim, channel_dim)
+    residual_axes, copy_residual = None, False
     if residual is not None:
-        residual, residual_axes = _layout.canonical(residual, time_dim, channel_dim)
-        residual_strides = residual_axes.strides
+        residual_axes, copy_residual = launch.axes_of(residual, time_dim, channel_dim)
     positive = None
     if save_positive:
         shape = _layout.positive_shape(y_axes.B, n, O, y_axes.P)
-        positive = torch.empty(shape, dtype=torch.uint8, device=x.device)
-    if x_positive is not None:
-        x_positive = x_positive.contiguous()
-    table = launch.architecture(x.device)
+        positive = Buffer(shape, torch.uint8, device)
     epilogue = {
-        "bias_ptr": bias if bias is None else bias.contiguous(),
-        "residual_ptr": residual,
-        "y_ptr": y,
-        "y_positive_ptr": positive,
-        "negative_slope": 1.0 if negative_slope is None else negative_slope,
-        "ACTIVATION": negative_slope is not None and x_positive is None,
-        **named_strides("r", residual_strides),
-        **named_strides("y", y_axes.strides),
+        "negative_slope": 1.0 if negative_slope is None else float(negative_slope),
+        "ACTIVATION": negative_slope is not None and not masked,
+        **launch.named_strides("r", residual_axes),
+        **launch.named_strides("y", y_axes),
     }
     method = launch.method_of(precision, table)
-    scale_length = x_axes.T if adjoint else n
-    kind = fused_class(table, "spectral_conv", method, x_axes.T, n, weight.shape[2])
-    common = x, x_axes, x_positive, weight, adjoint, n, scale_length, method, table, epilogue
-    if kind is None:
-        _planar(*common)
-    else:
-        _fused(kind, *common)
-    return y, positive
+    scale_length = axes.T if adjoint else n
+    kind = fused_class(table, "spectral_conv", method, axes.T, n, K)
+    common = device, table, axes, weight, adjoint, n, scale_length, method, epilogue
+    kernels = _plan_planar(*common) if kind is None else _plan_fused(kind, *common)
+    return Plan(y_shape, y_strides, positive, copy_x, copy_residual, kernels, table)
 
 
 def fused_class(
@@ -80,101 +226,102 @@ def fused_class(
     return kind if (kernel, method, kind) in table.rows else None
 
 
-def named_strides(tensor: str, strides: tuple[int, int, int, int]) -> dict[str, int]:
-    """Strides of `[B, T, C, P]` as kernel arguments."""
-    return {f"stride_{tensor}{axis}": stride for axis, stride in zip("btcp", strides, strict=True)}
+def _tiles(
+    table: Architecture, kernel: str, method: str, kind: str, rows: int, O: int, planes: int
+) -> tuple[Config, bool]:
+    """The wide row of the table, or the narrow one where wide tiles leave the GPU idle; and whether
+    to pack the weight.
+
+    Many programs read it again and again: it is worth a launch to round and pack it once. Few read
+    it as it is, but for the tiles of class "8", whose registers are full.
+    """
+    config = table.rows[kernel, method, kind]
+    programs = launch.cdiv(rows, config.tile[0]) * launch.cdiv(O, config.tile[2]) * planes
+    if programs >= table.programs:
+        return config, True
+    return table.rows[kernel, method, f"{kind} narrow".strip()], kind == "8"
 
 
-def pack_weight(
-    weight: Tensor,
+def plan_weight(
+    device: torch.device,
+    weight: Operand,
     adjoint: bool,
     method: str,
-    padded_in: int,
-    padded_out: int,
-    I: int,
-    O: int,
-) -> Tensor:
-    """The weight as zero-padded planes of rounded operands, input channels contiguous."""
-    K = weight.shape[2]
+    block_i: int,
+    block_o: int,
+    packed: bool,
+) -> Weight:
+    """The weight as it is, or packed: input channels contiguous and padded to whole tiles."""
+    (first, second, K, _), strides, _ = weight
+    I, O = (second, first) if adjoint else (first, second)
+    if not packed:
+        order = (1, 0, 2, 3) if adjoint else (0, 1, 2, 3)
+        in_place = _weight_arguments([strides[axis] for axis in order], False, adjoint)
+        return Weight(None, None, in_place)
+    padded_in, padded_out = launch.cdiv(I, block_i) * block_i, launch.cdiv(O, block_o) * block_o
     halves = 2 if method.endswith("x3") else 1
     shape = (halves, K, 2, padded_out, padded_in)
-    packed = torch.empty(shape, dtype=launch.operand_dtype(method), device=weight.device)
     size = 16 if min(padded_in, padded_out) <= 16 else 32
-    stride_wi, stride_wo, stride_wk, stride_wc = weight.stride()
-    launch.submit(
+    pack = Launch(
         kernels_small.pack_weight_kernel,
         launch.cdiv(padded_in, size) * launch.cdiv(padded_out, size) * 2 * K,
         configs.PACK_WEIGHT,
-        weight.device,
-        weight_ptr=weight,
-        packed_ptr=packed,
-        I=weight.shape[0],
-        O=weight.shape[1],
+        device,
+        I=first,
+        O=second,
         padded_in=padded_in,
         padded_out=padded_out,
-        stride_wi=stride_wi,
-        stride_wo=stride_wo,
-        stride_wk=stride_wk,
-        stride_wc=stride_wc,
+        stride_wi=strides[0],
+        stride_wo=strides[1],
+        stride_wk=strides[2],
+        stride_wc=strides[3],
         K=K,
         ADJOINT=adjoint,
         METHOD=method,
         BLOCK=size,
     )
-    return packed
+    plane = padded_in * padded_out
+    arguments = _weight_arguments((1, padded_in, 2 * plane, plane), True, adjoint)
+    return Weight(Buffer(shape, launch.operand_dtype(method), device), pack, arguments)
 
 
-def _tiles(
-    table: Architecture, kernel: str, method: str, kind: str, rows: int, O: int, planes: int
-) -> Config:
-    """The wide row of the table, or the narrow one where wide tiles leave the GPU idle."""
-    config = table.rows[kernel, method, kind]
-    programs = launch.cdiv(rows, config.tile[0]) * launch.cdiv(O, config.tile[2]) * planes
-    return (
-        config
-        if programs >= table.programs
-        else table.rows[kernel, method, f"{kind} narrow".strip()]
-    )
+def _weight_arguments(strides: Sequence[int], packed: bool, adjoint: bool) -> dict[str, Any]:
+    """How kernels find W[i, o, k, part]; packed planes are conjugated and transposed already."""
+    named = dict(zip(("stride_wi", "stride_wo", "stride_wk", "stride_wc"), strides, strict=True))
+    return {**named, "PACKED": packed, "ADJOINT": adjoint and not packed}
 
 
-def _fused(
+def _plan_fused(
     kind: str,
-    x: Tensor,
+    device: torch.device,
+    table: Architecture,
     axes: Axes,
-    x_positive: Tensor | None,
-    weight: Tensor,
+    weight: Operand,
     adjoint: bool,
     n: int,
     scale_length: int,
     method: str,
-    table: Architecture,
     epilogue: Mapping[str, Any],
-) -> None:
-    K = weight.shape[2]
-    I, O = axes.C, weight.shape[0 if adjoint else 1]
+) -> Fused:
+    I, O, K = axes.C, weight[0][0 if adjoint else 1], weight[0][2]
     pixels = launch.padded_pixels(axes.P)
     rows = axes.B * pixels
-    config = _tiles(table, "spectral_conv", method, kind, rows, O, 1)
-    block_p, block_i, block_o = (
-        launch.block(*pair) for pair in zip((rows, I, O), config.tile, strict=True)
-    )
-    padded_in, padded_out = launch.cdiv(I, block_i) * block_i, launch.cdiv(O, block_o) * block_o
-    launch.submit(
+    config, packed = _tiles(table, "spectral_conv", method, kind, rows, O, 1)
+    block_p, block_i, block_o = launch.blocks((rows, I, O), config)
+    read = plan_weight(device, weight, adjoint, method, block_i, block_o, packed)
+    kernel = Launch(
         kernels_small.spectral_conv_kernel,
         launch.cdiv(rows, block_p) * launch.cdiv(O, block_o),
         config,
-        x.device,
-        x_ptr=x,
-        x_positive_ptr=x_positive,
-        packed_ptr=pack_weight(weight, adjoint, method, padded_in, padded_out, I, O),
+        device,
         B=axes.B,
         I=I,
         O=O,
         P=axes.P,
         padded_pixels=pixels,
-        padded_in=padded_in,
-        padded_out=padded_out,
-        **named_strides("x", axes.strides),
+        **launch.named_strides("x", axes),
+        **read.arguments,
+        **epilogue,
         T=axes.T,
         N=n,
         K=K,
@@ -183,55 +330,46 @@ def _fused(
         BLOCK_P=block_p,
         BLOCK_I=block_i,
         BLOCK_O=block_o,
-        **epilogue,
     )
+    return Fused(read, kernel)
 
 
-def _planar(
-    x: Tensor,
+def _plan_planar(
+    device: torch.device,
+    table: Architecture,
     axes: Axes,
-    x_positive: Tensor | None,
-    weight: Tensor,
+    weight: Operand,
     adjoint: bool,
     n: int,
     scale_length: int,
     method: str,
-    table: Architecture,
     epilogue: Mapping[str, Any],
-) -> None:
-    K = weight.shape[2]
-    I, O = axes.C, weight.shape[0 if adjoint else 1]
-    pixels = launch.padded_pixels(axes.P)
-    rows = axes.B * pixels
-    slope = epilogue["negative_slope"]
-    spectrum = planar_spectrum(x, axes, K, x_positive, slope, method, table)
-    mixed = torch.empty((K, 2, O, rows), dtype=torch.float32, device=x.device)
-    config = _tiles(table, "spectral_conv_mix", method, "", rows, O, K)
-    block_r, block_i, block_o = (
-        launch.block(*pair) for pair in zip((rows, I, O), config.tile, strict=True)
-    )
-    padded_in, padded_out = launch.cdiv(I, block_i) * block_i, launch.cdiv(O, block_o) * block_o
-    launch.submit(
+) -> Planar:
+    I, O, K = axes.C, weight[0][0 if adjoint else 1], weight[0][2]
+    rows = axes.B * launch.padded_pixels(axes.P)
+    config, packed = _tiles(table, "spectral_conv_mix", method, "", rows, O, K)
+    block_r, block_i, block_o = launch.blocks((rows, I, O), config)
+    read = plan_weight(device, weight, adjoint, method, block_i, block_o, packed)
+    mix = Launch(
         kernels_general.spectral_conv_mix_kernel,
         launch.cdiv(rows, block_r) * launch.cdiv(O, block_o) * K,
         config,
-        x.device,
-        z_ptr=spectrum,
-        packed_ptr=pack_weight(weight, adjoint, method, padded_in, padded_out, I, O),
-        y_ptr=mixed,
+        device,
         I=I,
         O=O,
         rows=rows,
-        padded_in=padded_in,
-        padded_out=padded_out,
+        **read.arguments,
         K=K,
         METHOD=method,
         BLOCK_R=block_r,
         BLOCK_I=block_i,
         BLOCK_O=block_o,
     )
-    spectrum_axes = planar_axes(axes.B, K, O, axes.P)
-    irfft_into(mixed, spectrum_axes, spectrum_axes.stride_c * O, n, scale_length, table, epilogue)
+    mixed = Buffer((K, 2, O, rows), spectrum_dtype(method), device)
+    mixed_axes = planar_axes(axes.B, K, O, axes.P)
+    irfft = plan_irfft(device, table, mixed_axes, O * rows, n, scale_length, epilogue)
+    spectrum = plan_spectrum(device, table, axes, K, epilogue["negative_slope"], method)
+    return Planar(spectrum, read, mixed, mix, irfft)
 
 
 def planar_axes(B: int, K: int, C: int, P: int) -> Axes:
@@ -241,18 +379,16 @@ def planar_axes(B: int, K: int, C: int, P: int) -> Axes:
     return Axes(B, K, C, P, pixels, 2 * C * rows, rows, 1)
 
 
-def planar_spectrum(
-    x: Tensor,
-    axes: Axes,
-    K: int,
-    x_positive: Tensor | None,
-    slope: float,
-    method: str,
-    table: Architecture,
-) -> Tensor:
-    """The first K bins of x as planes `[K, 2, C, rows]`, rounded for bfloat16 products."""
+def spectrum_dtype(method: str) -> torch.dtype:
+    """Spectra between kernels: products in bfloat16 round their operands anyway."""
+    return torch.bfloat16 if method == "bf16" else torch.float32
+
+
+def plan_spectrum(
+    device: torch.device, table: Architecture, axes: Axes, K: int, slope: float, method: str
+) -> Spectrum:
+    """The first K bins of a tensor as planes."""
     out_axes = planar_axes(axes.B, K, axes.C, axes.P)
-    dtype = torch.bfloat16 if method == "bf16" else torch.float32
-    spectrum = torch.empty((K, 2, axes.C, out_axes.stride_c), dtype=dtype, device=x.device)
-    rfft_into(x, axes, spectrum, out_axes, out_axes.stride_c * axes.C, table, x_positive, slope)
-    return spectrum
+    rows = out_axes.stride_c
+    rfft = plan_rfft(device, table, axes, out_axes, rows * axes.C, slope)
+    return Spectrum(Buffer((K, 2, axes.C, rows), spectrum_dtype(method), device), rfft)

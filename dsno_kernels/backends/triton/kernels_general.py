@@ -26,7 +26,7 @@ from dsno_kernels.backends.triton.arithmetic import (
     split,
     store_rounded,
 )
-from dsno_kernels.backends.triton.kernels_small import load_weight
+from dsno_kernels.backends.triton.kernels_small import load_packed, load_weight, weight_tile
 
 
 @triton.jit
@@ -38,12 +38,22 @@ def load_twiddles(table_ptr, m, t, length, mask, WIDE: tl.constexpr):
 
 
 @triton.jit
+def part_offsets(m, stride_k, stride_part, REGULAR: tl.constexpr):
+    """Offsets of coefficients m; REGULAR: one stride leads from each to the next."""
+    if REGULAR:
+        offsets = m.to(tl.int64) * stride_part
+    else:
+        offsets = (m // 2).to(tl.int64) * stride_k + (m % 2).to(tl.int64) * stride_part
+    return offsets
+
+
+@triton.jit
 def truncated_rfft_kernel(
     x_ptr, x_positive_ptr, table_ptr, spectrum_ptr, B, C, P, rows, padded_pixels, T, K,
     negative_slope,
     stride_xb, stride_xt, stride_xc, stride_xp,
     stride_sb, stride_sk, stride_sc, stride_sp, stride_part,
-    METHOD: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr,
+    METHOD: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr, REGULAR: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Coefficients [rows, 2K] of x; with PADDED also those of the padding, zero."""
@@ -72,7 +82,7 @@ def truncated_rfft_kernel(
         )
         acc = multiply_add(split(x, METHOD), split(matrix, METHOD), acc, METHOD)
     s_rows = c * stride_sc + b * stride_sb + p * stride_sp
-    s_columns = (m // 2).to(tl.int64) * stride_sk + (m % 2).to(tl.int64) * stride_part
+    s_columns = part_offsets(m, stride_sk, stride_part, REGULAR)
     if PADDED:
         inside = c < C
     if spectrum_ptr.dtype.element_ty == tl.bfloat16:
@@ -86,9 +96,9 @@ def truncated_rfft_kernel(
 
 @triton.jit
 def spectral_conv_mix_kernel(
-    z_ptr, packed_ptr, y_ptr, I, O, rows, padded_in, padded_out,
-    K: tl.constexpr, METHOD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O:
-    tl.constexpr,
+    z_ptr, weight_ptr, y_ptr, I, O, rows, stride_wi, stride_wo, stride_wk, stride_wc,
+    K: tl.constexpr, METHOD: tl.constexpr, PACKED: tl.constexpr, ADJOINT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Y_k = Z_k W_k in one bin, for one tile: planes [C, rows] -> [O, rows]."""
     pid = tl.program_id(0).to(tl.int64)
@@ -97,8 +107,6 @@ def spectral_conv_mix_kernel(
     o = pid % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
     r = pid // tiles_o % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
     k = pid // (tiles_o * tiles_r)
-    plane_size = padded_out.to(tl.int64) * padded_in
-    low_offset = 2 * K * plane_size
     z_plane = rows.to(tl.int64) * I
     y_plane = rows.to(tl.int64) * O
     re = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
@@ -107,9 +115,14 @@ def spectral_conv_mix_kernel(
         i = first + tl.arange(0, BLOCK_I)
         place = z_ptr + 2 * k * z_plane + i.to(tl.int64)[None, :] * rows + r[:, None]
         mask = (r < rows)[:, None] & (i < I)[None, :]
-        packed = packed_ptr + (2 * k * plane_size + o[None, :] * padded_in + i[:, None])
-        w_re = load_weight(packed, plane_size, low_offset, 0, METHOD)
-        w_im = load_weight(packed, plane_size, low_offset, 1, METHOD)
+        tile, w_mask = weight_tile(
+            weight_ptr + k * stride_wk, i, o, I, O, stride_wi, stride_wo, ADJOINT
+        )
+        if PACKED:
+            w_re = load_packed(tile, stride_wc, 0, K, METHOD)
+            w_im = load_packed(tile, stride_wc, 1, K, METHOD)
+        else:
+            w_re, w_im = load_weight(tile, w_mask, stride_wc, METHOD, ADJOINT)
         z_re = split(as_operand(tl.load(place, mask=mask, other=0.0)), METHOD)
         z_im = split(as_operand(tl.load(place + z_plane, mask=mask, other=0.0)), METHOD)
         re = multiply_add(z_re, w_re, re, METHOD)
@@ -118,8 +131,8 @@ def spectral_conv_mix_kernel(
         im = multiply_add(z_im, w_re, im, METHOD)
     mask = (r < rows)[:, None] & (o < O)[None, :]
     y = y_ptr + 2 * k * y_plane + o[None, :] * rows + r[:, None]
-    tl.store(y, re, mask=mask)
-    tl.store(y + y_plane, im, mask=mask)
+    store_rounded(y, re, mask)
+    store_rounded(y + y_plane, im, mask)
 
 
 @triton.jit
@@ -129,7 +142,7 @@ def truncated_irfft_kernel(
     stride_sb, stride_sk, stride_sc, stride_sp, stride_part,
     stride_rb, stride_rt, stride_rc, stride_rp,
     stride_yb, stride_yt, stride_yc, stride_yp,
-    METHOD: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    METHOD: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, REGULAR: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """h_t = sum_k alpha_k / scale_length Re(Y_k exp(2 pi i k t / N)), then the epilogue."""
@@ -145,15 +158,15 @@ def truncated_irfft_kernel(
     for first in range(0, 2 * K, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         k = m // 2
-        s_columns = k.to(tl.int64) * stride_sk + (m % 2).to(tl.int64) * stride_part
-        # A part that does not exist must not be read: what it holds may be anything, and NaN * 0 is
-        # NaN.
-        exists = (m < 2 * K) & ((m % 2 == 0) | ((k != 0) & (2 * k != N)))
+        s_columns = part_offsets(m, stride_sk, stride_part, REGULAR)
         spectrum = tl.load(
             spectrum_ptr + s_rows[:, None] + s_columns[None, :],
-            mask=inside[:, None] & exists[None, :],
+            mask=inside[:, None] & (m < 2 * K)[None, :],
             other=0.0,
         ).to(tl.float32)
+        # What a part that does not exist holds may be anything, and NaN * 0 is NaN.
+        exists = (m < 2 * K) & ((m % 2 == 0) | ((k != 0) & (2 * k != N)))
+        spectrum = tl.where(exists[None, :], spectrum, 0.0)
         matrix = load_twiddles(
             table_ptr, m[:, None], t[None, :], N, exists[:, None] & (t < N)[None, :], WIDE
         )

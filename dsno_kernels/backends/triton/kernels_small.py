@@ -71,13 +71,40 @@ def pack_weight_kernel(
 
 
 @triton.jit
-def load_weight(packed, plane_size, low_offset, PLANE: tl.constexpr, METHOD: tl.constexpr):
-    """Operands of one plane; `packed` points at the tile in plane 0; padding spares a mask."""
-    high = as_operand(tl.load(packed + PLANE * plane_size))
+def weight_tile(weight_ptr, i, o, I, O, stride_wi, stride_wo, ADJOINT: tl.constexpr):
+    """Pointers and mask of the tile [i, o] in the real plane of bin 0, in memory order: the adjoint
+    of a weight that is not packed is [o, i].
+    """
+    in_offsets, out_offsets = i.to(tl.int64) * stride_wi, o.to(tl.int64) * stride_wo
+    if ADJOINT:
+        offsets = in_offsets[None, :] + out_offsets[:, None]
+        mask = (o < O)[:, None] & (i < I)[None, :]
+    else:
+        offsets = out_offsets[None, :] + in_offsets[:, None]
+        mask = (i < I)[:, None] & (o < O)[None, :]
+    return weight_ptr + offsets, mask
+
+
+@triton.jit
+def load_packed(tile, plane_size, PLANE: tl.constexpr, K: tl.constexpr, METHOD: tl.constexpr):
+    """Operands of one plane of the packed weight; padding spares a mask."""
+    high = as_operand(tl.load(tile + wide(PLANE) * plane_size))
     low = high
     if METHOD == "tf32x3" or METHOD == "bf16x3":
-        low = as_operand(tl.load(packed + PLANE * plane_size + low_offset))
+        low = as_operand(tl.load(tile + wide(PLANE + 2 * K) * plane_size))
     return high, low
+
+
+@triton.jit
+def load_weight(tile, mask, stride_part, METHOD: tl.constexpr, ADJOINT: tl.constexpr):
+    """Operands [BLOCK_I, BLOCK_O] of the real and of the imaginary part of a weight that is not
+    packed, in one bin. The parts are neighbors in memory: loaded together, they cost one load.
+    """
+    both = tile[:, :, None] + tl.arange(0, 2).to(tl.int64)[None, None, :] * stride_part
+    re, im = tl.split(tl.load(both, mask=mask[:, :, None], other=0.0).to(tl.float32))
+    if ADJOINT:
+        re, im = tl.trans(re), tl.trans(-im)
+    return split(re, METHOD), split(im, METHOD)
 
 
 @triton.jit
@@ -112,13 +139,14 @@ def load_slices(
 
 @triton.jit
 def spectral_conv_kernel(
-    x_ptr, x_positive_ptr, packed_ptr, bias_ptr, residual_ptr, y_ptr, y_positive_ptr,
-    B, I, O, P, padded_pixels, padded_in, padded_out, negative_slope,
+    x_ptr, x_positive_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, y_positive_ptr,
+    B, I, O, P, padded_pixels, negative_slope,
     stride_xb, stride_xt, stride_xc, stride_xp,
+    stride_wi, stride_wo, stride_wk, stride_wc,
     stride_rb, stride_rt, stride_rc, stride_rp,
     stride_yb, stride_yt, stride_yc, stride_yp,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SCALE_LENGTH: tl.constexpr,
-    METHOD: tl.constexpr, ACTIVATION: tl.constexpr,
+    METHOD: tl.constexpr, ACTIVATION: tl.constexpr, PACKED: tl.constexpr, ADJOINT: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """y = leaky_relu(irfft(rfft(x) W) + bias) + residual, for one tile."""
@@ -130,8 +158,6 @@ def spectral_conv_kernel(
     b, p = pixel_rows(start, padded_pixels, BLOCK_P, 1)
     group_b, group_p = pixel_rows(start, padded_pixels, BLOCK_P // 8, 8)
 
-    plane_size = padded_out.to(tl.int64) * padded_in
-    low_offset = 2 * K * plane_size
     accs = ()
     for k in tl.static_range(K):
         for _ in tl.static_range(parts(k, N)):
@@ -139,7 +165,7 @@ def spectral_conv_kernel(
 
     for first in range(0, I, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
-        packed = packed_ptr + (o[None, :] * padded_in + i[:, None])
+        tile, w_mask = weight_tile(weight_ptr, i, o, I, O, stride_wi, stride_wo, ADJOINT)
         xs = load_slices(
             x_ptr, x_positive_ptr, b, p, group_b, group_p, i.to(tl.int64), B, I, P,
             padded_pixels, negative_slope,
@@ -147,13 +173,18 @@ def spectral_conv_kernel(
         )  # fmt: skip
         sums = ()
         for k in tl.static_range(K):
-            w_re = load_weight(packed, plane_size, low_offset, 2 * k, METHOD)
+            if PACKED:
+                w_re = load_packed(tile, stride_wc, 2 * k, K, METHOD)
+            else:
+                bin_tile = tile + wide(k) * stride_wk
+                w_re, w_im = load_weight(bin_tile, w_mask, stride_wc, METHOD, ADJOINT)
             z_re = coefficient(xs, k, False, T, METHOD)
             re = multiply_add(z_re, w_re, accs[first_coefficient(k)], METHOD)
             if parts(k, T) == 1 and parts(k, N) == 1:
                 sums += (re,)
             else:
-                w_im = load_weight(packed, plane_size, low_offset, 2 * k + 1, METHOD)
+                if PACKED:
+                    w_im = load_packed(tile, stride_wc, 2 * k + 1, K, METHOD)
                 if parts(k, T) == 2:
                     z_im = coefficient(xs, k, True, T, METHOD)
                     re = multiply_add(negative(z_im), w_im, re, METHOD)

@@ -1,9 +1,10 @@
-"""Launchers of the two thin transforms, alone and as steps of `spectral_conv`."""
+"""The two thin transforms, alone and as steps of `spectral_conv`."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +13,37 @@ from dsno_kernels import _layout
 from dsno_kernels._layout import Axes
 from dsno_kernels.backends.triton import kernels_general, launch
 from dsno_kernels.backends.triton.configs import Architecture
+from dsno_kernels.backends.triton.launch import Launch
 
 # Beyond this length k * t no longer fits 32 bits.
 _LONGEST_NARROW = 46340
+
+
+class Rfft(NamedTuple):
+    """A planned launch of `truncated_rfft_kernel` and its table of one turn."""
+
+    launch: Launch
+    twiddles: Tensor
+
+    def run(self, x: Tensor, x_positive: Tensor | None, spectrum: Tensor) -> None:
+        launch.run(self.launch, x, x_positive, self.twiddles, spectrum)
+
+
+class Irfft(NamedTuple):
+    """A planned launch of `truncated_irfft_kernel` and its table of one turn."""
+
+    launch: Launch
+    twiddles: Tensor
+
+    def run(
+        self,
+        spectrum: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        y: Tensor,
+        y_positive: Tensor | None,
+    ) -> None:
+        launch.run(self.launch, spectrum, self.twiddles, bias, residual, y, y_positive)
 
 
 def truncated_rfft(x: Tensor, modes: int, *, dim: int) -> Tensor:
@@ -26,8 +55,19 @@ def truncated_rfft(x: Tensor, modes: int, *, dim: int) -> Tensor:
     # canonical four.
     x, axes = _layout.canonical(x.unsqueeze(dim + 1), dim, dim + 1)
     out_axes = _layout.canonical(out[..., 0].unsqueeze(dim + 1), dim, dim + 1)[1]
-    rfft_into(x, axes, out, out_axes, 1, launch.architecture(x.device), None, 1.0, padded=False)
+    _plan_rfft_alone(id(launch.architecture(x.device)), x.device, x.dtype, axes, out_axes)[0].run(
+        x, None, out
+    )
     return out
+
+
+@functools.lru_cache(maxsize=launch.PLANS)
+def _plan_rfft_alone(
+    table_id: int, device: torch.device, dtype: torch.dtype, axes: Axes, out_axes: Axes
+) -> tuple[Rfft, Architecture]:
+    """The plan of a call and the table that `table_id` names, which stays alive with it."""
+    table = launch.architecture(device)
+    return plan_rfft(device, table, axes, out_axes, 1, 1.0, padded=False), table
 
 
 def truncated_irfft(spectrum: Tensor, n: int, *, dim: int) -> Tensor:
@@ -41,53 +81,58 @@ def truncated_irfft(spectrum: Tensor, n: int, *, dim: int) -> Tensor:
     shape[dim] = n
     out = torch.empty(shape, dtype=torch.float32, device=spectrum.device)
     out_axes = _layout.canonical(out.unsqueeze(dim + 1), dim, dim + 1)[1]
-    plain = {
-        "bias_ptr": None,
-        "residual_ptr": None,
-        "y_ptr": out,
-        "y_positive_ptr": None,
-        "negative_slope": 1.0,
-        "ACTIVATION": False,
-        **{f"stride_r{axis}": 0 for axis in "btcp"},
-        **{
-            f"stride_y{axis}": stride for axis, stride in zip("btcp", out_axes.strides, strict=True)
-        },
-    }
-    irfft_into(
-        spectrum, axes, spectrum.stride(-1), n, n, launch.architecture(spectrum.device), plain
-    )
+    _plan_irfft_alone(
+        id(launch.architecture(out.device)),
+        out.device,
+        spectrum.dtype,
+        axes,
+        spectrum.stride(-1),
+        out_axes,
+    )[0].run(spectrum, None, None, out, None)
     return out
 
 
-def rfft_into(
-    x: Tensor,
+@functools.lru_cache(maxsize=launch.PLANS)
+def _plan_irfft_alone(
+    table_id: int,
+    device: torch.device,
+    dtype: torch.dtype,
     axes: Axes,
-    spectrum: Tensor,
+    stride_part: int,
+    out_axes: Axes,
+) -> tuple[Irfft, Architecture]:
+    """The plan of a call and the table that `table_id` names, which stays alive with it."""
+    table = launch.architecture(device)
+    epilogue = {
+        "negative_slope": 1.0,
+        "ACTIVATION": False,
+        **launch.named_strides("r", None),
+        **launch.named_strides("y", out_axes),
+    }
+    n = out_axes.T
+    return plan_irfft(device, table, axes, stride_part, n, n, epilogue), table
+
+
+def plan_rfft(
+    device: torch.device,
+    table: Architecture,
+    axes: Axes,
     spectrum_axes: Axes,
     stride_part: int,
-    table: Architecture,
-    x_positive: Tensor | None,
     slope: float,
     padded: bool = True,
-) -> None:
-    """Write the first bins of x to `spectrum`, whose axes are those of its real parts."""
+) -> Rfft:
+    """The first bins of x, written to a spectrum whose axes are those of its real parts."""
     K = spectrum_axes.T
     pixels = launch.padded_pixels(axes.P)
     rows = axes.B * pixels
     config = table.rows["truncated_rfft", table.transform_method, ""]
-    sizes = rows * axes.C, 2 * K, axes.T
-    block_r, block_m, block_t = (
-        launch.block(*pair) for pair in zip(sizes, config.tile, strict=True)
-    )
-    launch.submit(
+    block_r, block_m, block_t = launch.blocks((rows * axes.C, 2 * K, axes.T), config)
+    planned = Launch(
         kernels_general.truncated_rfft_kernel,
         launch.cdiv(rows * axes.C, block_r) * launch.cdiv(2 * K, block_m),
         config,
-        x.device,
-        x_ptr=x,
-        x_positive_ptr=x_positive,
-        table_ptr=launch.twiddles(axes.T, x.device),
-        spectrum_ptr=spectrum,
+        device,
         B=axes.B,
         C=axes.C,
         P=axes.P,
@@ -96,15 +141,8 @@ def rfft_into(
         T=axes.T,
         K=K,
         negative_slope=slope,
-        stride_xb=axes.stride_b,
-        stride_xt=axes.stride_t,
-        stride_xc=axes.stride_c,
-        stride_xp=axes.stride_p,
-        stride_sb=spectrum_axes.stride_b,
-        stride_sk=spectrum_axes.stride_t,
-        stride_sc=spectrum_axes.stride_c,
-        stride_sp=spectrum_axes.stride_p,
-        stride_part=stride_part,
+        **launch.named_strides("x", axes),
+        **_spectrum_arguments(spectrum_axes, stride_part),
         METHOD=table.transform_method,
         WIDE=axes.T > _LONGEST_NARROW,
         PADDED=padded,
@@ -112,32 +150,28 @@ def rfft_into(
         BLOCK_M=block_m,
         BLOCK_T=block_t,
     )
+    return Rfft(planned, launch.twiddles(axes.T, device))
 
 
-def irfft_into(
-    spectrum: Tensor,
+def plan_irfft(
+    device: torch.device,
+    table: Architecture,
     axes: Axes,
     stride_part: int,
     n: int,
     scale_length: int,
-    table: Architecture,
     epilogue: Mapping[str, Any],
-) -> None:
-    """Write the inverse of `spectrum`, whose axes are those of its real parts."""
+) -> Irfft:
+    """The inverse of a spectrum whose axes are those of its real parts."""
     pixels = launch.padded_pixels(axes.P)
     rows = axes.B * pixels
     config = table.rows["truncated_irfft", table.transform_method, ""]
-    sizes = rows * axes.C, n, 2 * axes.T
-    block_r, block_t, block_m = (
-        launch.block(*pair) for pair in zip(sizes, config.tile, strict=True)
-    )
-    launch.submit(
+    block_r, block_t, block_m = launch.blocks((rows * axes.C, n, 2 * axes.T), config)
+    planned = Launch(
         kernels_general.truncated_irfft_kernel,
         launch.cdiv(rows * axes.C, block_r) * launch.cdiv(n, block_t),
         config,
-        spectrum.device,
-        spectrum_ptr=spectrum,
-        table_ptr=launch.twiddles(n, spectrum.device),
+        device,
         B=axes.B,
         C=axes.C,
         P=axes.P,
@@ -146,11 +180,7 @@ def irfft_into(
         N=n,
         K=axes.T,
         scale_length=scale_length,
-        stride_sb=axes.stride_b,
-        stride_sk=axes.stride_t,
-        stride_sc=axes.stride_c,
-        stride_sp=axes.stride_p,
-        stride_part=stride_part,
+        **_spectrum_arguments(axes, stride_part),
         METHOD=table.transform_method,
         WIDE=n > _LONGEST_NARROW,
         BLOCK_R=block_r,
@@ -158,3 +188,16 @@ def irfft_into(
         BLOCK_M=block_m,
         **epilogue,
     )
+    return Irfft(planned, launch.twiddles(n, device))
+
+
+def _spectrum_arguments(axes: Axes, stride_part: int) -> dict[str, Any]:
+    """Strides of a spectrum's real parts, by bin instead of time, and the way to the imaginary."""
+    strides = launch.named_strides("s", axes)
+    regular = axes.T == 1 or axes.stride_t == 2 * stride_part
+    return {
+        "stride_sk": strides.pop("stride_st"),
+        **strides,
+        "stride_part": stride_part,
+        "REGULAR": regular,
+    }

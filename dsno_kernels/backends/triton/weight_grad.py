@@ -1,6 +1,9 @@
-"""Launchers of `spectral_conv_weight_grad`: partial sums over pixels, added in order."""
+"""Plans and launches of `spectral_conv_weight_grad`: partial sums over pixels, added in order."""
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,14 +11,27 @@ from torch import Tensor
 from dsno_kernels import _layout
 from dsno_kernels.backends.triton import configs, kernels_weight_grad, launch
 from dsno_kernels.backends.triton.configs import Architecture
-from dsno_kernels.backends.triton.conv import (
-    fused_class,
-    named_strides,
-    planar_spectrum,
-)
+from dsno_kernels.backends.triton.conv import Buffer, Spectrum, fused_class, plan_spectrum
+from dsno_kernels.backends.triton.launch import Launch, Operand
 
 # The least number of steps worth a program of its own.
 _STEPS = 4
+
+
+class Plan(NamedTuple):
+    """What a call copies first, what it allocates, and what it launches.
+
+    The partial sums are those of x and the gradient themselves or, with `spectra`, of their planes.
+    """
+
+    copy_x: bool
+    copy_grad: bool
+    spectra: tuple[Spectrum, Spectrum] | None
+    partial: Buffer
+    sums: Launch
+    grad_weight: Buffer
+    reduce: Launch
+    table: Architecture  # kept alive, so that its id stays its own
 
 
 def spectral_conv_weight_grad(
@@ -30,15 +46,54 @@ def spectral_conv_weight_grad(
     precision: str = "fp32",
 ) -> Tensor:
     """See `backends.reference.spectral_conv_weight_grad`."""
-    K = modes
-    x, x_axes = _layout.canonical(x, time_dim, channel_dim)
-    grad_output, g_axes = _layout.canonical(grad_output, time_dim, channel_dim)
+    plan = _plan(
+        id(launch.architecture(x.device)),
+        x.device,
+        launch.operand(x),
+        launch.operand(grad_output),
+        modes,
+        time_dim,
+        channel_dim,
+        grad_positive is not None,
+        negative_slope,
+        precision,
+    )
+    if plan.copy_x:
+        x = _layout.canonical(x, time_dim, channel_dim)[0]
+    if plan.copy_grad:
+        grad_output = _layout.canonical(grad_output, time_dim, channel_dim)[0]
     if grad_positive is not None:
         grad_positive = grad_positive.contiguous()
-    slope = 1.0 if negative_slope is None else negative_slope
-    table = launch.architecture(x.device)
+    partial, grad_weight = plan.partial.empty(), plan.grad_weight.empty()
+    if plan.spectra is None:
+        launch.run(plan.sums, x, grad_output, grad_positive, partial)
+    else:
+        z, g = plan.spectra
+        launch.run(plan.sums, z.run(x, None), g.run(grad_output, grad_positive), partial)
+    launch.run(plan.reduce, partial, grad_weight)
+    return grad_weight
+
+
+@functools.lru_cache(maxsize=launch.PLANS)
+def _plan(
+    table_id: int,
+    device: torch.device,
+    x: Operand,
+    grad_output: Operand,
+    modes: int,
+    time_dim: int,
+    channel_dim: int,
+    masked: bool,
+    negative_slope: float | None,
+    precision: str,
+) -> Plan:
+    """The plan of a call with the table of `table_id`; what only kernels see is a key too."""
+    table = launch.architecture(device)
+    x_axes, copy_x = launch.axes_of(x, time_dim, channel_dim)
+    g_axes, copy_grad = launch.axes_of(grad_output, time_dim, channel_dim)
+    slope = 1.0 if negative_slope is None else float(negative_slope)
     method = launch.method_of(precision, table)
-    T, n, I, O = x_axes.T, g_axes.T, x_axes.C, g_axes.C
+    T, n, K, I, O = x_axes.T, g_axes.T, modes, x_axes.C, g_axes.C
     pixels = launch.padded_pixels(x_axes.P)
     rows = x_axes.B * pixels
     name = "spectral_conv_weight_grad"
@@ -46,14 +101,10 @@ def spectral_conv_weight_grad(
     if kind is None:
         name = "spectral_conv_weight_grad_planes"
     config = table.rows[name, method, kind or ""]
-    block_i, block_o, block_r = (
-        launch.block(*pair) for pair in zip((I, O, rows), config.tile, strict=True)
-    )
+    block_i, block_o, block_r = launch.blocks((I, O, rows), config)
     tiles = launch.cdiv(I, block_i) * launch.cdiv(O, block_o) * (K if kind is None else 1)
     per_split, splits = split_rows(rows, block_r, tiles, table)
-    partial = torch.empty((splits, K, 2, I, O), dtype=torch.float32, device=x.device)
     common = {
-        "partial_ptr": partial,
         "I": I,
         "O": O,
         "rows": rows,
@@ -64,44 +115,41 @@ def spectral_conv_weight_grad(
         "BLOCK_O": block_o,
         "BLOCK_R": block_r,
     }
+    spectra = None
     if kind is not None:
-        launch.submit(
+        sums = Launch(
             kernels_weight_grad.spectral_conv_weight_grad_kernel,
             tiles * splits,
             config,
-            x.device,
-            x_ptr=x,
-            grad_ptr=grad_output,
-            grad_positive_ptr=grad_positive,
+            device,
             B=x_axes.B,
             P=x_axes.P,
             padded_pixels=pixels,
             negative_slope=slope,
             T=T,
             N=n,
-            **named_strides("x", x_axes.strides),
-            **named_strides("g", g_axes.strides),
+            **launch.named_strides("x", x_axes),
+            **launch.named_strides("g", g_axes),
             **common,
         )
     else:
-        launch.submit(
+        spectra = (
+            plan_spectrum(device, table, x_axes, K, slope, method),
+            plan_spectrum(device, table, g_axes, K, slope, method),
+        )
+        sums = Launch(
             kernels_weight_grad.spectral_conv_weight_grad_planes_kernel,
             tiles * splits,
             config,
-            x.device,
-            z_ptr=planar_spectrum(x, x_axes, K, None, slope, method, table),
-            g_ptr=planar_spectrum(grad_output, g_axes, K, grad_positive, slope, method, table),
+            device,
             **common,
         )
-    grad_weight = torch.empty((I, O, K, 2), dtype=torch.float32, device=x.device)
     size = launch.block(I * O, configs.REDUCE.tile[0])
-    launch.submit(
+    reduce = Launch(
         kernels_weight_grad.spectral_conv_weight_grad_reduce_kernel,
         launch.cdiv(I * O, size) * 2 * K,
         configs.REDUCE,
-        x.device,
-        partial_ptr=partial,
-        grad_weight_ptr=grad_weight,
+        device,
         size=I * O,
         splits=splits,
         T=T,
@@ -109,7 +157,9 @@ def spectral_conv_weight_grad(
         K=K,
         BLOCK=size,
     )
-    return grad_weight
+    partial = Buffer((splits, K, 2, I, O), torch.float32, device)
+    grad_weight = Buffer((I, O, K, 2), torch.float32, device)
+    return Plan(copy_x, copy_grad, spectra, partial, sums, grad_weight, reduce, table)
 
 
 def split_rows(rows: int, block_r: int, tiles: int, table: Architecture) -> tuple[int, int]:

@@ -34,8 +34,9 @@ DTYPES = {
 def _lifted(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of tensors as one of CuPy arrays; its annotations say which arguments are."""
     signature = inspect.signature(function)
-    parameters = signature.parameters.items()
-    tensors = [name for name, parameter in parameters if "Tensor" in parameter.annotation]
+    annotations = {name: p.annotation for name, p in signature.parameters.items()}
+    tensors = [name for name, annotation in annotations.items() if "Tensor" in annotation]
+    dtypes = [name for name, annotation in annotations.items() if "torch.dtype" in annotation]
 
     @functools.wraps(function)
     def on_arrays(*args: Any, **kwargs: Any) -> Any:
@@ -43,9 +44,10 @@ def _lifted(function: Callable[..., Any]) -> Callable[..., Any]:
         given = bound.arguments
         arrays: dict[str, cupy.ndarray] = {}
         for name in tensors:
-            arrays |= _arrays(name, given.get(name))
-        if isinstance(given.get("out_dtype"), (str, type, np.dtype)):
-            given["out_dtype"] = _torch_dtype("out_dtype", np.dtype(given["out_dtype"]))
+            arrays |= _arrays(name, given.get(name), annotations[name])
+        for name in dtypes:
+            if isinstance(given.get(name), (str, type, np.dtype)):
+                given[name] = _torch_dtype(name, np.dtype(given[name]))
         index = _device_index(arrays)
         device = torch.device("cuda", index)
         with (
@@ -68,19 +70,20 @@ def _lifted(function: Callable[..., Any]) -> Callable[..., Any]:
     return on_arrays
 
 
-def _arrays(name: str, value: Any) -> dict[str, cupy.ndarray]:
-    """The arrays of one argument by name, checked; None has none."""
-    if value is None:
+def _arrays(name: str, value: Any, annotation: str) -> dict[str, cupy.ndarray]:
+    """The arrays of one argument by name, checked; numbers are left to the function."""
+    if value is None or isinstance(value, (int, float, torch.Generator)):
         return {}
     if isinstance(value, (list, tuple)):
         found: dict[str, cupy.ndarray] = {}
         for place, item in enumerate(value):
-            found |= _arrays(f"{name}[{place}]", item)
+            found |= _arrays(f"{name}[{place}]", item, annotation)
         return found
     if not isinstance(value, cupy.ndarray):
         kind = f"{type(value).__module__}.{type(value).__name__}"
         raise TypeError(f"{name} must be a cupy.ndarray, got {kind}")
-    _torch_dtype(name, value.dtype)
+    if not (value.dtype.name in ("int32", "int64") and "int" in annotation):
+        _torch_dtype(name, value.dtype)
     if any(stride < 0 or stride % value.dtype.itemsize for stride in value.strides):
         raise ValueError(
             f"{name} has strides {value.strides}, which DLPack cannot carry (negative, or no whole"
@@ -120,7 +123,8 @@ def _current_stream(index: int, device: torch.device) -> torch.cuda.Stream:
 def _converted(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
     """A value, or a sequence of values, with those of one kind converted."""
     if isinstance(value, (list, tuple)):
-        return type(value)(_converted(item, kind, convert) for item in value)
+        make = getattr(value, "_make", type(value))  # of a named tuple
+        return make(_converted(item, kind, convert) for item in value)
     return convert(value) if isinstance(value, kind) else value
 
 
@@ -155,3 +159,6 @@ spectral_conv = _lifted(functional.spectral_conv)
 spectral_conv_weight_grad = _lifted(functional.spectral_conv_weight_grad)
 truncated_rfft = _lifted(functional.truncated_rfft)
 truncated_irfft = _lifted(functional.truncated_irfft)
+group_norm_silu = _lifted(functional.group_norm_silu)
+exp_step = _lifted(functional.exp_step)
+solver_step = _lifted(functional.solver_step)

@@ -174,6 +174,40 @@ def test_every_function(dkc: ModuleType) -> None:
     assert torch.equal(spectrum.tensor, dk.truncated_rfft(X, 2, 1))
 
 
+def test_steps_take_arrays_lists_of_arrays_and_numbers(dkc: ModuleType) -> None:
+    x, history = torch.randn(2, 3, 4), [torch.randn(2, 3, 4) for _ in range(2)]
+    expected = dk.exp_step(x, history, (0.9, 0.2, -0.1))
+    arrays = [Array(h) for h in history]
+    assert torch.equal(dkc.exp_step(Array(x), arrays, (0.9, 0.2, -0.1)).tensor, expected)
+    table = torch.tensor([[0.0, 0.0, 0.0], [0.9, 0.2, -0.1]])
+    for index in (1, Array(torch.tensor(1))):
+        found = dkc.exp_step(Array(x), tuple(arrays), Array(table), index=index)
+        assert torch.equal(found.tensor, expected)
+    same = Array(x.clone())
+    assert dkc.exp_step(same, arrays, (0.9, 0.2, -0.1), inplace=True).tensor.data_ptr() == (
+        same.tensor.data_ptr()
+    )
+    with pytest.raises(TypeError, match=r"history\[1\] must be a cupy.ndarray, got torch.Tensor"):
+        dkc.exp_step(Array(x), [arrays[0], history[1]], (0.9, 0.2, -0.1))
+
+
+def test_a_result_of_several_arrays(dkc: ModuleType) -> None:
+    x, output = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    row = [0.0, 1.0, 1.02, -0.3, 0.0, 1.0, 0.0, 0.5]  # DDIM
+    expected = dk.solver_step(x, output, row, input_dtype=torch.float16)
+    found = dkc.solver_step(Array(x), Array(output), row, input_dtype="float16")
+    assert type(found) is type(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one.tensor, other)
+
+
+def test_normalization(dkc: ModuleType) -> None:
+    x, weight, bias = torch.randn(2, 6, 5), torch.randn(6), torch.randn(6)
+    found = dkc.group_norm_silu(Array(x), 3, Array(weight), Array(bias))
+    assert torch.equal(found.tensor, dk.group_norm_silu(x, 3, weight, bias))
+
+
 def test_strides_pass_through(dkc: ModuleType) -> None:
     fortran = X.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
     found = dkc.spectral_conv(Array(fortran), Array(W))

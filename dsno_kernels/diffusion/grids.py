@@ -96,6 +96,8 @@ def time_grid(
     if append_zero:
         if process.t_zero is None:
             raise ValueError(f"append_zero needs a time at which sigma is 0; {process} has none")
+        if float(times[-1]) == process.t_zero:
+            raise ValueError(f"sigma is 0 at t_end={end} already; leave append_zero out")
         times = torch.cat([times, times.new_tensor([process.t_zero])])
     return check_times(process, times)
 

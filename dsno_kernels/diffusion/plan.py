@@ -245,20 +245,21 @@ class SolverPlan:
                 return noise(row)
             return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
-        entries = list(history)
         scale, s = self.initial.unbind()
         base = scale * x if float(s) == 0 else scale * x + s * draw(-1)
-        point, c_in = base, self.initial_c_in
-        stochastic = (self.column("s").detach() != 0).tolist()
-        for i in range(self.evaluations):
-            row = {name: self.table[i, columns] for name, columns in self.columns.items()}
+        point, c_in, entries = base, self.initial_c_in, list(history)
+        floats = self.table.tolist()
+        rows = [row.unbind() for row in self.table] if self.table.requires_grad else floats
+        c_b, c_p, K = self.columns["c_b"], self.columns["c_p"], self.history_length
+        for i, (row, sizes) in enumerate(zip(rows, floats, strict=True)):
+            A, B, a_b, s, a_p = (row[self.columns[k].start] for k in ("A", "B", "a_b", "s", "a_p"))
             m = denoiser(c_in * point, self.model_times[i])
-            entries = [row["A"][0] * point + row["B"][0] * m, *entries][: self.history_length]
-            base = row["a_b"][0] * base + _combined(row["c_b"], entries)
-            if stochastic[i]:
-                base = base + row["s"][0] * draw(i)
-            point = row["a_p"][0] * base + _combined(row["c_p"], entries)
-            c_in = row["c_in"][0]
+            entries = [A * point + B * m, *entries][:K]
+            base = a_b * base + _combined(row[c_b], sizes[c_b], entries)
+            if sizes[c_b.stop] != 0:
+                base = base + s * draw(i)
+            point = a_p * base + _combined(row[c_p], sizes[c_p], entries)
+            c_in = row[-1]
         return base
 
     def __repr__(self) -> str:
@@ -289,9 +290,9 @@ class SolverPlan:
         return "\n".join([repr(self), *lines])
 
 
-def _combined(c: Tensor, entries: Sequence[Tensor]) -> Tensor | float:
+def _combined(c: Sequence[Any], sizes: list[float], entries: Sequence[Tensor]) -> Tensor | float:
     """The sum of c_j h_j; a zero coefficient reads nothing."""
-    terms = [c[j] * h for j, h in enumerate(entries) if float(c[j].detach()) != 0]
+    terms = [c_j * h for c_j, size, h in zip(c, sizes, entries, strict=False) if size != 0]
     return sum(terms[1:], terms[0]) if terms else 0.0
 
 

@@ -162,7 +162,7 @@ def find(name: str, order: int | None = None) -> Solver:
     """
     full = name
     if order is not None and isinstance(name, str):
-        number = re.search(r"\d+", name)
+        number = re.search(r"\d+", name.partition("_bh")[0])
         if number is None:
             full = _with_number(name, order)
         elif int(number[0]) != order:

@@ -138,8 +138,7 @@ def _finite(log_snr: Tensor) -> Tensor:
     """Infinite ends moved to where the tail of the integral is nothing."""
     inside = log_snr.detach()[torch.isfinite(log_snr)]
     low, high = (float(inside.min()), float(inside.max())) if len(inside) else (0.0, 0.0)
-    ends = torch.where(log_snr < 0, low - _TAIL, high + _TAIL)
-    return torch.where(torch.isfinite(log_snr), log_snr, ends)
+    return log_snr.clamp(low - _TAIL, high + _TAIL)
 
 
 def _log_snr_and_rate(process: Any, t: Tensor) -> tuple[Tensor, Tensor]:

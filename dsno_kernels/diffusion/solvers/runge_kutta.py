@@ -202,7 +202,7 @@ def _churned(problem: Problem) -> tuple[Points, Tensor, Tensor]:
         return begin, zero.expand(steps + 1), one.expand(steps + 1)
     rho = begin.sigma / begin.alpha
     within = (rho >= churn.S_min) & (rho <= churn.S_max)
-    gamma = torch.where(within, min(churn.S_churn / steps, math.sqrt(2) - 1), 0.0)
+    gamma = within.to(rho) * min(churn.S_churn / steps, math.sqrt(2) - 1)
     raised = rho * (1.0 + gamma)
     lifted = Points.at(problem.process, problem.process.inverse(-torch.log(raised)))
     start = Points(*(torch.where(within, *pair) for pair in zip(lifted, begin, strict=True)))

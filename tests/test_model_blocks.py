@@ -43,9 +43,7 @@ def pair(fast: nn.Module, official: nn.Module) -> tuple[nn.Module, nn.Module]:
 def compare(fast: nn.Module, official: nn.Module, x: Tensor, *inputs: Tensor) -> None:
     """Value and all gradients; the official block sees the image repeated for each time."""
     repeated = x.requires_grad_().expand(-1, 3, -1, -1, -1)
-    leaves, official_leaves = (
-        [x, *inputs, *block.parameters()] for block in (fast, official)
-    )
+    leaves, official_leaves = ([x, *inputs, *block.parameters()] for block in (fast, official))
     y, expected = fast(x, *inputs), official(repeated, *inputs)
     assert_close(y, expected, BLOCK)
     g = torch.randn_like(expected)

@@ -164,12 +164,12 @@ def narrow_access(one: Launch, report: Report) -> str | None:
             halved = item == 2 and "weight_grad" in one.kernel and not is_bfloat16(one)
             largest = 8 if halved else 16
             if is_aligned(one, tile):
-                needed[min(size, largest)] += max(size // largest, 1)
+                needed[min(size, largest)] += size
         for width in needed:
-            wanted = sum(count for other, count in needed.items() if other >= width)
-            wide = sum(count for other, count in found.items() if int(other) >= width)
+            wanted = sum(size for other, size in needed.items() if other >= width)
+            wide = sum(int(other) * count for other, count in found.items() if int(other) >= width)
             if wide < wanted:
-                return f"{wanted} {what}s of at least {width} bytes expected, got {found}"
+                return f"{wanted} bytes in {what}s of {width} or more expected, got {found}"
     return None
 
 

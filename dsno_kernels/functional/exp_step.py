@@ -10,8 +10,6 @@ from torch import Tensor
 from dsno_kernels.functional import checks, step_checks
 from dsno_kernels.ops import exp_step as _step
 
-_REAL = frozenset(checks.REAL_DTYPES)
-
 
 def exp_step(
     x: Tensor,
@@ -81,7 +79,7 @@ def exp_step(
     name = checks.backend(backend)
     if out_dtype is None:
         out_dtype = x.dtype
-    elif out_dtype not in _REAL:
+    elif out_dtype not in checks.REAL_DTYPES:
         raise TypeError(
             f"out_dtype must be one of {checks.names(checks.REAL_DTYPES)}, got {out_dtype}"
         )
@@ -108,12 +106,6 @@ def _tensors(
     tensors = [x, *entries]
     if noise is not None:
         tensors.append(noise)
-    shape, device = x.shape, x.device
-    for i in range(1, len(tensors)):
-        h = tensors[i]
-        # One test for the usual case; `like` says what is wrong.
-        if not (
-            isinstance(h, Tensor) and h.shape == shape and h.device == device and h.dtype in _REAL
-        ):
-            step_checks.like(f"history[{i - 1}]" if i <= len(entries) else "noise", h, x)
+    for i, tensor in enumerate(tensors[1:]):
+        step_checks.like(f"history[{i}]" if i < len(entries) else "noise", tensor, x)
     return tensors, head, len(entries) if head is not None else 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dsno_kernels import _dense
-from dsno_kernels.backends import Request, reference_steps, select
+from dsno_kernels.backends import Request, reference, reference_steps, select
 from dsno_kernels.ops import define, on_reference, under_transform
 from dsno_kernels.ops.dynamic_threshold import divide_by_scale, threshold_scale
 from dsno_kernels.ops.exp_step import check_index, differentiable_exp_step, records_graph
@@ -23,7 +23,7 @@ from dsno_kernels.ops.exp_step import per_sample as rows_per_sample
 Results = list[Tensor | None]  # base', point', h_0, the model's next input; None: not wanted
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Step:
     """The inputs of one step, as `reference_steps.solver_step` takes them."""
 
@@ -67,7 +67,7 @@ class Step:
         return [*named, *self.history]
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Step))
+_FIELDS = tuple(field.name for field in dataclasses.fields(Step))  # once: it is slow
 
 
 class Memory(NamedTuple):
@@ -103,9 +103,8 @@ def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     step, memory, (codes, backend) = Step(*args[:17]), Memory(*args[17:20]), args[20:]
     dtypes = [None if code < 0 else _dense.DTYPES[code] for code in codes]
     _check_rows(step)
-    results = _empty(step, dtypes)
     if step.point.numel() == 0:
-        return results
+        return _empty(step, dtypes)
     dtype = reference_steps.compute_dtype(step.tensors)
     module = select(backend, Request("solver_step", step.point.device, dtype))
     found = module.solver_step(
@@ -118,10 +117,10 @@ def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for tensor in (memory.base, memory.ring):
         if tensor is not None:
             torch.autograd.graph.increment_version(tensor)
-    return tuple(
-        empty if new is None else _dense.laid_out_like(new, empty)
-        for new, empty in zip(found, results, strict=True)
-    )  # type: ignore[return-value]
+    if module is reference:
+        layout = _dense.output_like(step.point, step.point.dtype, step.per_sample)
+        found = [new if new is None else _dense.laid_out_like(new, layout) for new in found]
+    return tuple(step.point.new_empty(0) if new is None else new for new in found)  # type: ignore[return-value]
 
 
 def _empty(

@@ -193,11 +193,6 @@ def spectral_conv_gpu(results: list[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def spectral_conv_not_measured() -> str:
-    rows = [(shape.title, NOT_MEASURED) for shape in shapes.GPU_SHAPES]
-    return table(("shape", "speed-up"), rows)
-
-
 def _target_value(result: Result, target: targets.Target) -> float | None:
     """The number that a target bounds, where it was measured."""
     found = result.select(**target.where)
@@ -266,19 +261,17 @@ def tables(results: list[Result]) -> dict[str, Callable[[], str]]:
     cpu = [result for result in results if result.machine["device"] == "cpu"]
     gpu = [result for result in results if result.machine["device"] == "cuda"]
 
-    def of(
-        some: list[Result], make: Callable[[list[Result]], str], otherwise: Callable[[], str]
-    ) -> Callable[[], str]:
-        return (lambda: make(some)) if some else otherwise
+    def of(some: list[Result], make: Callable[[list[Result]], str]) -> Callable[[], str]:
+        return (lambda: make(some)) if some else not_measured
 
     return {
-        "spectral_conv_cpu": of(cpu, spectral_conv_cpu, not_measured),
-        "peers_cpu": of(cpu, peers, not_measured),
-        "overhead_cpu": of(cpu, overhead, not_measured),
-        "model_cpu": of(cpu, model, not_measured),
+        "spectral_conv_cpu": of(cpu, spectral_conv_cpu),
+        "peers_cpu": of(cpu, peers),
+        "overhead_cpu": of(cpu, overhead),
+        "model_cpu": of(cpu, model),
         "targets_gpu": lambda: targets_gpu(gpu),
-        "spectral_conv_gpu": of(gpu, spectral_conv_gpu, spectral_conv_not_measured),
-        "peers_gpu": of(gpu, peers, not_measured),
-        "overhead_gpu": of(gpu, overhead, not_measured),
-        "model_gpu": of(gpu, model, not_measured),
+        "spectral_conv_gpu": of(gpu, spectral_conv_gpu),
+        "peers_gpu": of(gpu, peers),
+        "overhead_gpu": of(gpu, overhead),
+        "model_gpu": of(gpu, model),
     }

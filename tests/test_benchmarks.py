@@ -129,7 +129,6 @@ def test_report_fills_the_tables_and_is_idempotent(made_up: Path) -> None:
     assert "old" not in text
     assert "between" in text
     assert "Not measured yet." in text.split("benchmark:begin spectral_conv_gpu")[1]
-    assert text.count("Not measured yet.") == 1
     assert (made_up / "results" / "spectral_conv.png").stat().st_size > 1000
     assert report.main([*arguments(made_up), "--check"]) == 0
     assert report.main(arguments(made_up)) == 0

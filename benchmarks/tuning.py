@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import importlib.metadata
@@ -70,8 +71,6 @@ class Gate:
         self.table, self.gpu = table, gpu
         self.capability = 10 * capability[0] + capability[1]
         self.pending: dict[Launch, Future[Report | str]] = {}
-        # Plans of launches are kept by the identity of their table: no table may be freed.
-        self.tables: dict[tuple[RowKey, Config], Architecture] = {}
         self.users: dict[RowKey, list[Callable[[], object]]] = {}
         for call in test_triton_aot.calls():
             served = {pair for key in self._rows_of(call) for pair in partners(key)}
@@ -81,12 +80,13 @@ class Gate:
     def _rows_of(self, call: Callable[[], object]) -> set[RowKey]:
         """The rows that a call looks up."""
         rows = test_triton_aot.Rows(self.table.rows)
-        triton_aot.launches_of(self.table._replace(rows=rows), self.capability, call)
+        watched = dataclasses.replace(self.table, rows=rows)
+        triton_aot.launches_of(watched, self.capability, call)
         return rows.seen
 
     def launches(self, key: RowKey, config: Config) -> list[Launch]:
         """The launches of the row's kernel with a configuration, the hardest first."""
-        table = self.tables.setdefault((key, config), with_row(self.table, key, config))
+        table = with_row(self.table, key, config)
         found: dict[Launch, None] = {}
         for call in self.users[key]:
             for one in triton_aot.launches_of(table, self.capability, call):
@@ -137,7 +137,7 @@ def with_row(table: Architecture, key: RowKey, config: Config) -> Architecture:
     """
     pair = partners(key)
     rows = {other: config if other in pair else own for other, own in table.rows.items()}
-    return table._replace(rows=rows)
+    return dataclasses.replace(table, rows=rows)
 
 
 def partners(key: RowKey) -> set[RowKey]:

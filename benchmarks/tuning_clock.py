@@ -39,13 +39,9 @@ class Stopwatch:
     ) -> None:
         self.table, self.device, self.backend, self.small = table, device, backend, small
         self.cases: tuple[RowKey | None, list[Case]] = None, []
-        # Plans of launches are kept by the identity of their table: no table may be freed.
-        self.tables: list[Architecture] = []
 
     def __call__(self, key: RowKey, config: Config, usage: Usage) -> float:
-        table = with_row(self.table, key, config)
-        self.tables.append(table)
-        with table_in_use(table):
+        with table_in_use(with_row(self.table, key, config)):
             return geometric_mean([self._seconds(key, *case) for case in self._cases(key)])
 
     def _cases(self, key: RowKey) -> list[Case]:

@@ -7,7 +7,10 @@ records what later calls pass by position. Both must say the same.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,7 +98,7 @@ class Record:
 @contextlib.contextmanager
 def doubled(launcher: type[Triton37] = Triton37) -> Iterator[Record]:
     record = Record(launcher)
-    table = configs.ARCHITECTURES[9, 0]._replace(programs=16)  # its own object: its own plans
+    table = dataclasses.replace(configs.ARCHITECTURES[9, 0])  # its own object: its own plans
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "submit", record.submit)
         patch.setattr(launch, "architecture", lambda device: table)
@@ -227,6 +230,16 @@ def test_another_table_is_another_plan() -> None:
         with doubled() as record:
             forward(p)
             assert record.take()[0] > 0
+
+
+def test_a_table_lives_as_long_as_its_plans() -> None:
+    """So that no other table takes its place, and its plans."""
+    with doubled() as record:
+        forward(problem())
+        table = weakref.ref(launch.architecture(torch.device("cpu")))
+        assert record.take()[0] > 0
+    gc.collect()
+    assert table() is not None and table() != dataclasses.replace(table())
 
 
 def test_a_launcher_with_other_parameters_stays_on_tritons_path() -> None:

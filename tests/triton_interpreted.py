@@ -8,6 +8,7 @@ the compiler (test_triton_aot.py).
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_packed_weights(
     name: str, adjoint: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU of one program is filled by any problem: all take the wide rows, which pack."""
-    wide_rows = table_with("tf32x3")._replace(programs=1)
+    wide_rows = dataclasses.replace(table_with("tf32x3"), programs=1)
     monkeypatch.setattr(launch, "architecture", lambda device: wide_rows)
     x, weight, y, axes = problem(name, adjoint)
     n = y.shape[axes["time_dim"]]

@@ -19,6 +19,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +59,12 @@ class Config(NamedTuple):
     num_stages: int
 
 
-class Architecture(NamedTuple):
-    """What the launchers need to know about a GPU generation."""
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """What the launchers need to know about a GPU generation.
+
+    A table is equal to itself alone: plans of launches are kept by their table.
+    """
 
     fp32_method: str
     transform_method: str  # of the thin transforms of the general kernels: float32-accurate

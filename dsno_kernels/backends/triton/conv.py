@@ -114,7 +114,6 @@ class Plan(NamedTuple):
     copy_x: bool
     copy_residual: bool
     kernels: Fused | Planar
-    table: Architecture  # kept alive, so that its id stays its own
 
 
 def spectral_conv(
@@ -136,7 +135,7 @@ def spectral_conv(
     """See `backends.reference.spectral_conv`."""
     device, out_dtype = x.device, out_dtype or torch.float32
     plan = _plan(
-        id(launch.architecture(device)),
+        launch.architecture(device),
         device,
         launch.operand(x),
         launch.operand(weight),
@@ -172,7 +171,7 @@ def spectral_conv(
 
 @functools.lru_cache(maxsize=launch.PLANS)
 def _plan(
-    table_id: int,
+    table: Architecture,
     device: torch.device,
     x: Operand,
     weight: Operand,
@@ -188,8 +187,7 @@ def _plan(
     masked: bool,
     precision: str,
 ) -> Plan:
-    """The plan of a call with the table of `table_id`; dtypes that only kernels see are keys."""
-    table = launch.architecture(device)
+    """The plan of a call; dtypes that only kernels see are keys."""
     axes, copy_x = launch.axes_of(x, time_dim, channel_dim)
     O, K = weight[0][0 if adjoint else 1], weight[0][2]
     y_shape, y_strides = _layout.find_output_layout(*x[:2], time_dim, channel_dim, n, O)
@@ -212,7 +210,7 @@ def _plan(
     kind = fused_class(table, "spectral_conv", method, axes.T, n, K)
     common = device, table, axes, weight, adjoint, n, scale_length, method, epilogue
     kernels = _plan_planar(*common) if kind is None else _plan_fused(kind, *common)
-    return Plan(y_shape, y_strides, positive, copy_x, copy_residual, kernels, table)
+    return Plan(y_shape, y_strides, positive, copy_x, copy_residual, kernels)
 
 
 def fused_class(

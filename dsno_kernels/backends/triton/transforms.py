@@ -55,19 +55,17 @@ def truncated_rfft(x: Tensor, modes: int, *, dim: int) -> Tensor:
     # canonical four.
     x, axes = _layout.canonical(x.unsqueeze(dim + 1), dim, dim + 1)
     out_axes = _layout.canonical(out[..., 0].unsqueeze(dim + 1), dim, dim + 1)[1]
-    _plan_rfft_alone(id(launch.architecture(x.device)), x.device, x.dtype, axes, out_axes)[0].run(
-        x, None, out
-    )
+    plan = _plan_rfft_alone(launch.architecture(x.device), x.device, x.dtype, axes, out_axes)
+    plan.run(x, None, out)
     return out
 
 
 @functools.lru_cache(maxsize=launch.PLANS)
 def _plan_rfft_alone(
-    table_id: int, device: torch.device, dtype: torch.dtype, axes: Axes, out_axes: Axes
-) -> tuple[Rfft, Architecture]:
-    """The plan of a call and the table that `table_id` names, which stays alive with it."""
-    table = launch.architecture(device)
-    return plan_rfft(device, table, axes, out_axes, 1, 1.0, padded=False), table
+    table: Architecture, device: torch.device, dtype: torch.dtype, axes: Axes, out_axes: Axes
+) -> Rfft:
+    """The plan of a call; the dtype, which only the kernel sees, is a key."""
+    return plan_rfft(device, table, axes, out_axes, 1, 1.0, padded=False)
 
 
 def truncated_irfft(spectrum: Tensor, n: int, *, dim: int) -> Tensor:
@@ -81,28 +79,28 @@ def truncated_irfft(spectrum: Tensor, n: int, *, dim: int) -> Tensor:
     shape[dim] = n
     out = torch.empty(shape, dtype=torch.float32, device=spectrum.device)
     out_axes = _layout.canonical(out.unsqueeze(dim + 1), dim, dim + 1)[1]
-    _plan_irfft_alone(
-        id(launch.architecture(out.device)),
+    plan = _plan_irfft_alone(
+        launch.architecture(out.device),
         out.device,
         spectrum.dtype,
         axes,
         spectrum.stride(-1),
         out_axes,
-    )[0].run(spectrum, None, None, out, None)
+    )
+    plan.run(spectrum, None, None, out, None)
     return out
 
 
 @functools.lru_cache(maxsize=launch.PLANS)
 def _plan_irfft_alone(
-    table_id: int,
+    table: Architecture,
     device: torch.device,
     dtype: torch.dtype,
     axes: Axes,
     stride_part: int,
     out_axes: Axes,
-) -> tuple[Irfft, Architecture]:
-    """The plan of a call and the table that `table_id` names, which stays alive with it."""
-    table = launch.architecture(device)
+) -> Irfft:
+    """The plan of a call; the dtype, which only the kernel sees, is a key."""
     epilogue = {
         "negative_slope": 1.0,
         "ACTIVATION": False,
@@ -110,7 +108,7 @@ def _plan_irfft_alone(
         **launch.named_strides("y", out_axes),
     }
     n = out_axes.T
-    return plan_irfft(device, table, axes, stride_part, n, n, epilogue), table
+    return plan_irfft(device, table, axes, stride_part, n, n, epilogue)
 
 
 def plan_rfft(

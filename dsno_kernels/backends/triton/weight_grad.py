@@ -31,7 +31,6 @@ class Plan(NamedTuple):
     sums: Launch
     grad_weight: Buffer
     reduce: Launch
-    table: Architecture  # kept alive, so that its id stays its own
 
 
 def spectral_conv_weight_grad(
@@ -47,7 +46,7 @@ def spectral_conv_weight_grad(
 ) -> Tensor:
     """See `backends.reference.spectral_conv_weight_grad`."""
     plan = _plan(
-        id(launch.architecture(x.device)),
+        launch.architecture(x.device),
         x.device,
         launch.operand(x),
         launch.operand(grad_output),
@@ -76,7 +75,7 @@ def spectral_conv_weight_grad(
 
 @functools.lru_cache(maxsize=launch.PLANS)
 def _plan(
-    table_id: int,
+    table: Architecture,
     device: torch.device,
     x: Operand,
     grad_output: Operand,
@@ -87,8 +86,7 @@ def _plan(
     negative_slope: float | None,
     precision: str,
 ) -> Plan:
-    """The plan of a call with the table of `table_id`; what only kernels see is a key too."""
-    table = launch.architecture(device)
+    """The plan of a call; what only kernels see is a key too."""
     x_axes, copy_x = launch.axes_of(x, time_dim, channel_dim)
     g_axes, copy_grad = launch.axes_of(grad_output, time_dim, channel_dim)
     slope = 1.0 if negative_slope is None else float(negative_slope)
@@ -159,7 +157,7 @@ def _plan(
     )
     partial = Buffer((splits, K, 2, I, O), torch.float32, device)
     grad_weight = Buffer((I, O, K, 2), torch.float32, device)
-    return Plan(copy_x, copy_grad, spectra, partial, sums, grad_weight, reduce, table)
+    return Plan(copy_x, copy_grad, spectra, partial, sums, grad_weight, reduce)
 
 
 def split_rows(rows: int, block_r: int, tiles: int, table: Architecture) -> tuple[int, int]:

@@ -57,3 +57,8 @@ def resolve(precision: str, device_type: str) -> str:
         backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
         setting = backend.matmul.fp32_precision
         return setting if setting in BUDGETS else "fp32"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic: float64 of float64, float32 of everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

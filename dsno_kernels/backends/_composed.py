@@ -28,6 +28,7 @@ from dsno_kernels.backends._transforms import (
     twiddles_on,
     weight_factors_on,
 )
+from dsno_kernels.precision import compute_dtype
 
 # Launches a plan: input, output, table.
 Launch = Callable[[Plan, Tensor, Tensor, Tensor], None]
@@ -136,7 +137,7 @@ class Composed:
         """`irfft` to length n of the first bins, real pairs `[..., K, ..., 2]`; other bins are
         zero.
         """
-        spectrum = spectrum.to(reference.compute_dtype(spectrum.dtype))
+        spectrum = spectrum.to(compute_dtype(spectrum.dtype))
         return self._truncated(spectrum, dim % (spectrum.ndim - 1), n, inverse=True)
 
     def _truncated(self, x: Tensor, dim: int, count: int, inverse: bool) -> Tensor:
@@ -147,7 +148,7 @@ class Composed:
             assert axes is not None
         shape = [*x.shape[:-1]] if inverse else [*x.shape, 2]
         shape[dim] = count
-        output = x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
+        output = x.new_empty(shape, dtype=compute_dtype(x.dtype))
         n, modes = (count, x.shape[dim]) if inverse else (x.shape[dim], count)
         part = x.stride(-1) if inverse else 0
         chosen = plan(
@@ -155,9 +156,7 @@ class Composed:
             x.stride(dim), part, axes[1].size, x.data_ptr() % 16,
         )  # fmt: skip
         scale_length = n if inverse else 0
-        table = twiddles_on(
-            n, modes, inverse, scale_length, reference.compute_dtype(x.dtype), x.device
-        )
+        table = twiddles_on(n, modes, inverse, scale_length, compute_dtype(x.dtype), x.device)
         self.launch(chosen, x, output, table)
         return output
 

@@ -29,15 +29,11 @@ from dsno_kernels.backends.reference_steps import abs_rank as abs_rank
 from dsno_kernels.backends.reference_steps import exp_step as exp_step
 from dsno_kernels.backends.reference_steps import exp_step_backward as exp_step_backward
 from dsno_kernels.backends.reference_steps import solver_step as solver_step
+from dsno_kernels.precision import compute_dtype
 
 
 def unsupported(request: Request) -> str | None:
     return None
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic: float64 of float64, float32 of everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _rfft(x: Tensor, modes: int, dim: int) -> Tensor:

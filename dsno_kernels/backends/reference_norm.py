@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# `reference` takes its functions from here, so this file needs it at call time only.
-import dsno_kernels.backends.reference as reference
+from dsno_kernels.precision import compute_dtype
 
 
 def channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -54,7 +53,7 @@ def forward(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y; with `channels_last`, dense and with its channels last in memory."""
-    dtype = reference.compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     images = x.to(dtype).flatten(0, 1)
     y = F.group_norm(images, groups, weight.to(dtype), bias.to(dtype), eps).view(x.shape)
     if scale is not None:
@@ -76,7 +75,7 @@ def group_norm_silu(
 
 def statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """mean and rstd `[B, T, G]`, differentiable in x."""
-    rows = x.to(reference.compute_dtype(x.dtype)).reshape(*x.shape[:2], groups, -1)
+    rows = x.to(compute_dtype(x.dtype)).reshape(*x.shape[:2], groups, -1)
     mean = rows.mean(-1)
     variance = (rows - mean[..., None]).square().mean(-1)
     return mean, torch.rsqrt(variance + eps)
@@ -97,7 +96,7 @@ def group_norm_silu_backward(
     """Gradients of x, weight, bias, scale and shift (None where there is none), each in the dtype
     of its tensor; differentiable in all arguments.
     """
-    dtype = reference.compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     B, T, C = x.shape[:3]
     groups = mean.shape[2]
     rows = x.to(dtype).reshape(B, T, groups, C // groups, -1)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dsno_kernels import precision as precisions
-from dsno_kernels.backends import reference
 from dsno_kernels.functional import checks
 from dsno_kernels.ops import spectral_conv as _conv
 from dsno_kernels.ops import spectral_conv_weight_grad as _weight_grad
@@ -104,7 +103,7 @@ def spectral_conv(
             f"out_dtype must be one of {checks.names(checks.REAL_DTYPES)}, got {out_dtype}"
         )
     checks.same_device(tensors)
-    compute = reference.compute_dtype(torch.promote_types(x.dtype, weight.dtype))
+    compute = precisions.compute_dtype(torch.promote_types(x.dtype, weight.dtype))
     options: dict[str, Any] = {
         "time_dim": time_dim,
         "channel_dim": channel_dim,

@@ -14,6 +14,7 @@ from torch import Tensor
 from dsno_kernels import _layout
 from dsno_kernels.backends import Request, reference, reference_norm, select
 from dsno_kernels.ops import define, on_reference, under_transform
+from dsno_kernels.precision import compute_dtype
 
 # x is `[B, T, C, *pixels]`.
 TIME, CHANNEL = 1, 2
@@ -84,7 +85,7 @@ def _fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     statistics = x.shape[0], x.shape[1], groups
-    dtype = reference.compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     return (
         x.new_empty_strided(x.shape, _strides(x, channels_last), dtype=out_dtype),
         x.new_empty(statistics, dtype=dtype),

@@ -66,7 +66,7 @@ def _fake(
     precision: str,
     backend: str,
 ) -> Tensor:
-    dtype = reference.compute_dtype(torch.promote_types(x.dtype, grad_output.dtype))
+    dtype = precisions.compute_dtype(torch.promote_types(x.dtype, grad_output.dtype))
     return x.new_empty(
         (x.shape[channel_dim], grad_output.shape[channel_dim], modes, 2), dtype=dtype
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from dsno_kernels._modes import alpha
 from dsno_kernels.backends import Request, reference, select
 from dsno_kernels.ops import define, on_reference, under_transform
+from dsno_kernels.precision import compute_dtype
 
 
 def _run_rfft(x: Tensor, modes: int, dim: int, backend: str) -> Tensor:
@@ -31,7 +32,7 @@ def _run_rfft(x: Tensor, modes: int, dim: int, backend: str) -> Tensor:
 def _fake_rfft(x: Tensor, modes: int, dim: int, backend: str) -> Tensor:
     shape = [*x.shape, 2]
     shape[dim % x.ndim] = modes
-    return x.new_empty(shape, dtype=reference.compute_dtype(x.dtype))
+    return x.new_empty(shape, dtype=compute_dtype(x.dtype))
 
 
 def _run_irfft(spectrum: Tensor, n: int, dim: int, backend: str) -> Tensor:
@@ -46,7 +47,7 @@ def _run_irfft(spectrum: Tensor, n: int, dim: int, backend: str) -> Tensor:
 def _fake_irfft(spectrum: Tensor, n: int, dim: int, backend: str) -> Tensor:
     shape = list(spectrum.shape[:-1])
     shape[dim] = n
-    return spectrum.new_empty(shape, dtype=reference.compute_dtype(spectrum.dtype))
+    return spectrum.new_empty(shape, dtype=compute_dtype(spectrum.dtype))
 
 
 rfft_op = define(

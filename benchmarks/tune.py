@@ -80,7 +80,7 @@ def tune(
     """
     begin = now()
     table = file.architecture()
-    orders = {key: candidates(key, gpu, table.programs) for key in keys}
+    orders = {key: candidates(key, gpu) for key in keys}
     if pool is not None:
         for key in keys:
             for config in (table.rows[key], *orders[key][:most]):
@@ -91,7 +91,7 @@ def tune(
             break
 
         def guess(config: Config, key: RowKey = key) -> float:
-            return row_seconds(key, config, gpu, table.programs)
+            return row_seconds(key, config, gpu)
 
         choice = choose(
             key,
@@ -215,7 +215,7 @@ def dry_run(options: argparse.Namespace) -> list[Choice]:
         select(list(table.rows), options),
         gpu,
         gate=Gate(table, capability, gpu),
-        score=modeled(gpu, table),
+        score=modeled(gpu),
         source=modeled_source,
         report=lambda choice: print(summary([choice]).splitlines()[1], flush=True),
         bounded=True,

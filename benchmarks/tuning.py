@@ -255,9 +255,9 @@ def _needs_more(config: Config, unfit: Config, reason: Rejected) -> bool:
     )
 
 
-def modeled(gpu: Gpu, table: Architecture) -> Score:
+def modeled(gpu: Gpu) -> Score:
     """The model's time with what the compiler reports."""
-    return lambda key, config, usage: row_seconds(key, config, gpu, table.programs, usage)
+    return lambda key, config, usage: row_seconds(key, config, gpu, usage)
 
 
 class TableFile:
@@ -275,7 +275,7 @@ class TableFile:
         data = json.loads(source.read_text(encoding="utf-8"))
         configs.parse(data, source.name)
         if not own:
-            data |= {"architecture": path.stem, "programs": 2 * gpu.multiprocessors}
+            data |= {"architecture": path.stem, "multiprocessors": gpu.multiprocessors}
             data["rows"] = [{**row, "source": "compiled"} for row in data["rows"]]
         return cls(path, data)
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 from benchmarks.shapes import Shape, find
 from dsno_kernels.backends.triton.configs import Config, RowKey
 from dsno_kernels.backends.triton.launch import block, cdiv
+from dsno_kernels.backends.triton.weight_grad import split_rows
 
 REGISTERS = 65536  # of a multiprocessor; 255 is the most a thread can have
 SHARED_RESERVED = 1024  # bytes of shared memory the system takes for each program
@@ -121,8 +122,8 @@ def itemsize(method: str) -> int:
     return 2 if method == "bf16" else 4
 
 
-def work_of(key: RowKey, tile: tuple[int, int, int], shape: Shape, fill: int) -> Work:
-    """The work of a row's kernel at a shape; reductions are split into about `fill` programs."""
+def work_of(key: RowKey, tile: tuple[int, int, int], shape: Shape, multiprocessors: int) -> Work:
+    """The work of a row's kernel at a shape; reductions are split as they are when launched."""
     kernel, method, _ = key
     products = 3 if method.endswith("x3") else 1
     weight_bytes = (2 if method.startswith("bf16") else 4) * (2 if products == 3 else 1)
@@ -167,11 +168,11 @@ def work_of(key: RowKey, tile: tuple[int, int, int], shape: Shape, fill: int) ->
         I, O, P = _clipped(tile, C, C, N)
         planes = kernel.endswith("planes")
         tiles = cdiv(C, I) * cdiv(C, O) * (K if planes else 1)
-        splits = max(1, min(cdiv(fill, tiles), cdiv(N, 4 * P)))
+        per_split, splits = split_rows(N, P, tiles, multiprocessors)
         loads, kept, count = (2, 2, 4) if planes else (T, M, R)
         return Work(
             programs=tiles * splits,
-            steps=cdiv(N, P * splits),
+            steps=per_split // P,
             load=P * (I + O) * loads * (z_item if planes else x_item),
             flop=2.0 * P * I * O * count * products,
             operations=P * (I + O) * kept * (rounding + (0 if planes else T)),
@@ -237,7 +238,6 @@ def row_seconds(
     key: RowKey,
     config: Config,
     gpu: Gpu,
-    fill: int,
     usage: Usage | None = None,
 ) -> float:
     """The geometric mean over a row's shapes; inf where not one program fits.
@@ -246,7 +246,7 @@ def row_seconds(
     """
     times = []
     for shape in shapes_of(key):
-        work = work_of(key, config.tile, shape, fill)
+        work = work_of(key, config.tile, shape, gpu.multiprocessors)
         registers, shared, pipelined = usage or guess(work, config)
         if shared > gpu.shared or registers > most_registers(config.num_warps):
             return math.inf
@@ -269,7 +269,7 @@ def most_registers(num_warps: int) -> int:
     return min(255, REGISTERS // (32 * num_warps))
 
 
-def candidates(key: RowKey, gpu: Gpu, fill: int) -> list[Config]:
+def candidates(key: RowKey, gpu: Gpu) -> list[Config]:
     """Every configuration that may fit, the best predicted first.
 
     Among times within 2 % of each other those come first that leave most registers free, then those
@@ -277,9 +277,9 @@ def candidates(key: RowKey, gpu: Gpu, fill: int) -> list[Config]:
     """
     scored = []
     for config in _all(key[0]):
-        time = row_seconds(key, config, gpu, fill)
+        time = row_seconds(key, config, gpu)
         if time < math.inf:
-            work = work_of(key, config.tile, shapes_of(key)[0], fill)
+            work = work_of(key, config.tile, shapes_of(key)[0], gpu.multiprocessors)
             pressure = guess(work, config).registers / most_registers(config.num_warps)
             near = abs(config.num_warps - 8) + abs(config.num_stages - 3)
             scored.append((_class_of(time), pressure, near, config))

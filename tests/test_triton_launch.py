@@ -26,7 +26,7 @@ from triton import knobs
 
 from dsno_kernels.backends import _launch
 from dsno_kernels.backends import triton as backend
-from dsno_kernels.backends.triton import configs, launch
+from dsno_kernels.backends.triton import configs, conv, launch, weight_grad
 from tests import triton_aot
 
 AXES = {"time_dim": 1, "channel_dim": 2}
@@ -96,9 +96,10 @@ class Record:
 
 
 @contextlib.contextmanager
-def doubled(launcher: type[Triton37] = Triton37) -> Iterator[Record]:
+def doubled(launcher: type[Triton37] = Triton37, multiprocessors: int = 132) -> Iterator[Record]:
+    """In the place of Triton and the GPU; a table of its own, so plans of its own."""
     record = Record(launcher)
-    table = dataclasses.replace(configs.ARCHITECTURES[9, 0])  # its own object: its own plans
+    table = dataclasses.replace(configs.ARCHITECTURES[9, 0], multiprocessors=multiprocessors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "submit", record.submit)
         patch.setattr(launch, "architecture", lambda device: table)
@@ -147,12 +148,17 @@ OPS = {f.__name__: f for f in (forward, backward_input, backward_weight, transfo
 
 
 @pytest.mark.parametrize("launcher", [Triton36, Triton37])
+@pytest.mark.parametrize("multiprocessors", [1, 132], ids=["packed", "direct"])
 @pytest.mark.parametrize("T", [4, 9])
 @pytest.mark.parametrize("op", OPS)
 def test_a_warm_call_passes_what_triton_would(
-    op: str, T: int, launcher: type[Triton37], monkeypatch: pytest.MonkeyPatch
+    op: str,
+    T: int,
+    multiprocessors: int,
+    launcher: type[Triton37],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with doubled(launcher) as record:
+    with doubled(launcher, multiprocessors) as record:
         OPS[op](problem(T))
         record.take()
         again = problem(T)
@@ -304,6 +310,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # (T, K, batch, side of the image) of 256 channels -> launches forward, of dx, of dW
 COUNTS = {
     "dsno_8x8": ((4, 2, 16, 8), (1, 1, 2)),
+    "dsno_8x8_of_32": ((4, 2, 32, 8), (1, 1, 2)),
     "dsno_32x32": ((4, 2, 32, 32), (2, 2, 2)),
     "medium_small": ((16, 8, 1, 8), (3, 3, 4)),
     "medium": ((16, 8, 32, 16), (4, 4, 4)),
@@ -326,3 +333,44 @@ def test_launch_counts(
     )
     table = configs.ARCHITECTURES[9, 0]
     assert tuple(len(triton_aot.launches_of(table, 90, call)) for call in calls) == expected
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)], ids="sm_{0[0]}{0[1]}".format)
+@pytest.mark.parametrize("kernel", ["spectral_conv", "spectral_conv_mix"])
+def test_wide_tiles_and_packed_weights_serve_more_than_one_wave(
+    kernel: str, capability: tuple[int, int]
+) -> None:
+    table = configs.ARCHITECTURES[capability]
+    kind = "3" if kernel == "spectral_conv" else ""
+    wide = table.rows[kernel, "tf32", kind]
+    narrow = table.rows[kernel, "tf32", f"{kind} narrow".strip()]
+    P, _, O = wide.tile
+    wave = table.multiprocessors
+
+    def chosen(rows: int, channels: int, planes: int = 1) -> tuple[configs.Config, bool]:
+        return conv.choose_row(table, kernel, "tf32", kind, rows, channels, planes)
+
+    assert chosen(wave * P, O) == chosen(wave * P // 2, 2 * O) == (narrow, False)
+    assert chosen(wave * P + 1, O) == chosen(wave * P, O + 1) == (wide, True)
+    assert chosen(1, O, planes=wave + 1) == (wide, True)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "steps", "splits"),
+    [
+        (16, 512, 8),  # 17 would make a third wave, and 16 two of half the steps
+        (36, 512, 7),  # two waves of 74 steps; one of 3 x 36 programs takes 171
+        (144, 512, 2),  # three waves of 256 steps; alone, two of 512
+        (132, 512, 1),
+        (133, 512, 2),
+        (1000, 512, 1),
+        (1, 512, 128),  # no program has fewer than four steps
+        (1, 8, 2),
+        (1, 3, 1),
+    ],
+)
+def test_reductions_are_split_into_whole_waves(tiles: int, steps: int, splits: int) -> None:
+    rows = 32 * steps - 5
+    per_split, found = weight_grad.split_rows(rows, 32, tiles, 132)
+    assert found == splits and per_split % 32 == 0
+    assert (found - 1) * per_split < rows <= found * per_split

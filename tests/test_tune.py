@@ -47,7 +47,7 @@ def test_every_table_loads_and_is_in_the_form_that_the_tuner_writes() -> None:
     assert {(8, 0), (8, 6), (9, 0)} <= set(configs.ARCHITECTURES)
     assert len(configs.ARCHITECTURES) == len(list(TABLES.glob("*.json")))
     for capability, table in configs.ARCHITECTURES.items():
-        assert table.rows and table.programs > 0
+        assert table.rows and table.multiprocessors > 0
         path = configs.table_path(capability)
         assert TableFile.open(TABLES, capability, H200).text() == path.read_text()
 
@@ -73,10 +73,13 @@ def _without(kernel: str, kind: str) -> Callable[[Any], None]:
 
 BROKEN: dict[str, tuple[Callable[[Any], None], str]] = {
     "unknown field": (lambda data: data.update(extra=1), "sm_90.json: fields are"),
-    "missing field": (lambda data: data.pop("programs"), "sm_90.json: fields are"),
+    "missing field": (lambda data: data.pop("multiprocessors"), "sm_90.json: fields are"),
     "rows of a wrong type": (lambda data: data.update(rows={}), "rows is {}; expected list"),
     "another name": (lambda data: data.update(architecture="sm_80"), "holds the table of sm_80"),
-    "no programs": (lambda data: data.update(programs=0), "programs is 0; give a positive"),
+    "no multiprocessors": (
+        lambda data: data.update(multiprocessors=0),
+        "multiprocessors is 0; give a positive",
+    ),
     "fp32 method": (lambda data: data.update(fp32_method="fp8"), "fp32_method is 'fp8'"),
     "row of a wrong type": (lambda data: data["rows"].append(3), r"row \d+: expected an object"),
     "row without a field": (lambda data: data["rows"][1].pop("tile"), "row 2: fields are"),
@@ -172,16 +175,16 @@ def test_occupancy(warps: int, registers: int, shared: int, expected: int) -> No
 def test_candidates_stay_within_the_limits_and_come_best_first(capability: tuple[int, int]) -> None:
     gpu, table = GPUS[capability], configs.ARCHITECTURES[capability]
     for key in [ROW, ("spectral_conv_mix", "bf16x3", "narrow"), *list(table.rows)[::5]]:
-        found = tuning_model.candidates(key, gpu, table.programs)
+        found = tuning_model.candidates(key, gpu)
         assert len(found) == len(set(found)) > 8
-        times = [tuning_model.row_seconds(key, c, gpu, table.programs) for c in found]
+        times = [tuning_model.row_seconds(key, c, gpu) for c in found]
         assert all(b > a / 1.03 for a, b in itertools.pairwise(times))
         assert times[0] == pytest.approx(min(times), rel=0.03)
         for config in found:
             assert config.num_warps * 32 <= 1024
             for shape in tuning_model.shapes_of(key):
                 usage = tuning_model.guess(
-                    tuning_model.work_of(key, config.tile, shape, table.programs), config
+                    tuning_model.work_of(key, config.tile, shape, gpu.multiprocessors), config
                 )
                 assert usage.registers <= min(255, 65536 // (32 * config.num_warps))
                 assert usage.shared <= gpu.shared
@@ -453,7 +456,7 @@ def test_a_new_architecture_starts_from_the_safe_rows(
     assert measured(tables, gpu, *MIX) == 0
     data = json.loads((tables / "sm_120.json").read_text())
     table = configs.parse(data, "sm_120.json")
-    assert table.programs == 200 and table.fp32_method == configs.SAFE.fp32_method
+    assert table.multiprocessors == 100 and table.fp32_method == configs.SAFE.fp32_method
     changed = [row for row in data["rows"] if row["source"] != "compiled"]
     assert [(row["kernel"], row["method"], row["class"]) for row in changed] == MIX_ROWS
 

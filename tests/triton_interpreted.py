@@ -18,7 +18,7 @@ from torch import Tensor
 import dsno_kernels as dk
 from dsno_kernels.backends import reference
 from dsno_kernels.backends import triton as backend
-from dsno_kernels.backends.triton import configs, launch
+from dsno_kernels.backends.triton import configs, launch, weight_grad
 from tests.helpers import BUDGETS, IO_BUDGET, assert_close
 
 SLOPE = 0.1
@@ -118,8 +118,10 @@ def test_adjoint(name: str) -> None:
 def test_packed_weights(
     name: str, adjoint: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU of one program is filled by any problem: all take the wide rows, which pack."""
-    wide_rows = dataclasses.replace(table_with("tf32x3"), programs=1)
+    """On a GPU without multiprocessors any problem takes more than one wave, and so the wide rows,
+    which pack.
+    """
+    wide_rows = dataclasses.replace(table_with("tf32x3"), multiprocessors=0)
     monkeypatch.setattr(launch, "architecture", lambda device: wide_rows)
     x, weight, y, axes = problem(name, adjoint)
     n = y.shape[axes["time_dim"]]
@@ -194,15 +196,9 @@ def test_weight_grad_after_leaky_relu(name: str) -> None:
 @pytest.mark.parametrize(("T", "modes"), [(4, 2), (9, 2)])
 def test_weight_grad_split_over_pixels(T: int, modes: int) -> None:
     x, y = torch.randn(5, T, 3, 7, 13), torch.randn(5, T, 5, 7, 13)
-    splits = launch_splits(5 * 96)
-    assert splits > 1
+    table = launch.architecture(torch.device("cpu"))
+    assert weight_grad.split_rows(5 * 96, 32, 1, table.multiprocessors)[1] > 1
     check_weight_grad(BUDGETS["fp32"], x, y, modes, time_dim=1, channel_dim=2)
-
-
-def launch_splits(rows: int) -> int:
-    from dsno_kernels.backends.triton.weight_grad import split_rows
-
-    return split_rows(rows, 32, 1, launch.architecture(torch.device("cpu")))[1]
 
 
 def layouts() -> dict[str, tuple[Tensor, int, int]]:

@@ -4,8 +4,8 @@
 (how the products are computed) and by shape class. The fused kernels hold all coefficients of a
 tile on chip; their classes are "3" (up to 4 times, 3 coefficients), "4" (up to 4 times) and "8" (up
 to 8). A class without a row, where no tile fits the registers, and all longer transforms run on the
-planar kernels. `narrow` rows serve problems that would leave most of the GPU idle with the wide
-tiles. GPUs without a table take that of the smallest shared memory, which fits everywhere.
+planar kernels. `narrow` rows serve problems whose wide tiles take no more than one wave. GPUs
+without a table take that of the smallest shared memory, which fits everywhere.
 
 The `source` of a row says how it was chosen: "compiled" (it compiles without spills, as
 tests/test_triton_aot.py checks for all rows), "modeled: .." (best in the model of
@@ -37,7 +37,7 @@ CLASSES = {
     "truncated_irfft": ("",),
 }
 SOURCE = re.compile(r"compiled|(modeled|measured): .+")
-_HEAD = {"architecture": str, "fp32_method": str, "transform_method": str, "programs": int}
+_HEAD = {"architecture": str, "fp32_method": str, "transform_method": str, "multiprocessors": int}
 _ROW = {
     "kernel": str,
     "method": str,
@@ -68,7 +68,7 @@ class Architecture:
 
     fp32_method: str
     transform_method: str  # of the thin transforms of the general kernels: float32-accurate
-    programs: int  # enough to fill the GPU; also how far a reduction over pixels is split
+    multiprocessors: int  # of the GPU that the table is for: A100, RTX A6000, H200
     rows: dict[RowKey, Config]
 
 
@@ -111,8 +111,9 @@ def parse(data: Any, name: str) -> Architecture:
         raise ValueError(f"{name} holds the table of {data['architecture']}: rename one of them")
     for field in ("fp32_method", "transform_method"):
         _check_choice(data[field], METHODS, field, name)
-    if data["programs"] < 1:
-        raise ValueError(f"{name}: programs is {data['programs']}; give a positive number")
+    if data["multiprocessors"] < 1:
+        count = data["multiprocessors"]
+        raise ValueError(f"{name}: multiprocessors is {count}; give a positive number")
     rows: dict[RowKey, Config] = {}
     for number, row in enumerate(data["rows"], 1):
         key, config = _parse_row(row, f"{name}, row {number}")
@@ -122,7 +123,9 @@ def parse(data: Any, name: str) -> Architecture:
     for key in _needed(data["fp32_method"], data["transform_method"], rows):
         if key not in rows:
             raise ValueError(f"{name} has no row for {' '.join(key).strip()}: add one")
-    return Architecture(data["fp32_method"], data["transform_method"], data["programs"], rows)
+    return Architecture(
+        data["fp32_method"], data["transform_method"], data["multiprocessors"], rows
+    )
 
 
 def _parse_row(row: Any, place: str) -> tuple[RowKey, Config]:

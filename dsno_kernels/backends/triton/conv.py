@@ -224,19 +224,19 @@ def fused_class(
     return kind if (kernel, method, kind) in table.rows else None
 
 
-def _tiles(
+def choose_row(
     table: Architecture, kernel: str, method: str, kind: str, rows: int, O: int, planes: int
 ) -> tuple[Config, bool]:
-    """The wide row of the table, or the narrow one where wide tiles leave the GPU idle; and whether
-    to pack the weight.
+    """The row of the table that serves a problem, and whether to pack the weight for it.
 
-    Many programs read it again and again: it is worth a launch to round and pack it once. Few read
-    it as it is, but for the tiles of class "8", whose registers are full.
+    Where wide tiles take more than one wave, programs read the weight again and again: it is worth
+    a launch to round and pack it once. Tiles that all run at once read it as it is, but for those
+    of class "8", whose registers are full. This is a model: it is not measured.
     """
-    config = table.rows[kernel, method, kind]
-    programs = launch.cdiv(rows, config.tile[0]) * launch.cdiv(O, config.tile[2]) * planes
-    if programs >= table.programs:
-        return config, True
+    wide = table.rows[kernel, method, kind]
+    programs = launch.cdiv(rows, wide.tile[0]) * launch.cdiv(O, wide.tile[2]) * planes
+    if programs > table.multiprocessors:
+        return wide, True
     return table.rows[kernel, method, f"{kind} narrow".strip()], kind == "8"
 
 
@@ -304,7 +304,7 @@ def _plan_fused(
     I, O, K = axes.C, weight[0][0 if adjoint else 1], weight[0][2]
     pixels = launch.padded_pixels(axes.P)
     rows = axes.B * pixels
-    config, packed = _tiles(table, "spectral_conv", method, kind, rows, O, 1)
+    config, packed = choose_row(table, "spectral_conv", method, kind, rows, O, 1)
     block_p, block_i, block_o = launch.blocks((rows, I, O), config)
     read = plan_weight(device, weight, adjoint, method, block_i, block_o, packed)
     kernel = Launch(
@@ -345,7 +345,7 @@ def _plan_planar(
 ) -> Planar:
     I, O, K = axes.C, weight[0][0 if adjoint else 1], weight[0][2]
     rows = axes.B * launch.padded_pixels(axes.P)
-    config, packed = _tiles(table, "spectral_conv_mix", method, "", rows, O, K)
+    config, packed = choose_row(table, "spectral_conv_mix", method, "", rows, O, K)
     block_r, block_i, block_o = launch.blocks((rows, I, O), config)
     read = plan_weight(device, weight, adjoint, method, block_i, block_o, packed)
     mix = Launch(

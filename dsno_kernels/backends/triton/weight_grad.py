@@ -101,7 +101,7 @@ def _plan(
     config = table.rows[name, method, kind or ""]
     block_i, block_o, block_r = launch.blocks((I, O, rows), config)
     tiles = launch.cdiv(I, block_i) * launch.cdiv(O, block_o) * (K if kind is None else 1)
-    per_split, splits = split_rows(rows, block_r, tiles, table)
+    per_split, splits = split_rows(rows, block_r, tiles, table.multiprocessors)
     common = {
         "I": I,
         "O": O,
@@ -160,9 +160,18 @@ def _plan(
     return Plan(copy_x, copy_grad, spectra, partial, sums, grad_weight, reduce)
 
 
-def split_rows(rows: int, block_r: int, tiles: int, table: Architecture) -> tuple[int, int]:
-    """Rows a program sums, in whole steps, and how many programs share all rows."""
+def split_rows(rows: int, block_r: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
+    """Rows a program sums, in whole steps, and how many programs share all rows.
+
+    A multiprocessor runs one program at a time, whose tile fills its registers, so programs run in
+    waves. The fewest splits win, up to two waves, for which the steps of all waves together are
+    fewest. This is a model: it is not measured.
+    """
     steps = launch.cdiv(rows, block_r)
-    splits = max(1, min(launch.cdiv(table.programs, tiles), steps // _STEPS))
-    per_split = launch.cdiv(steps, splits) * block_r
+    most = max(1, min(launch.cdiv(2 * multiprocessors, tiles), steps // _STEPS))
+
+    def steps_in_turn(splits: int) -> int:
+        return launch.cdiv(tiles * splits, multiprocessors) * launch.cdiv(steps, splits)
+
+    per_split = launch.cdiv(steps, min(range(1, most + 1), key=steps_in_turn)) * block_r
     return per_split, launch.cdiv(rows, per_split)

@@ -11,6 +11,7 @@ from dsno_kernels.diffusion.processes import (
     VPCosine,
     VPLinear,
 )
+from dsno_kernels.diffusion.sample import sample
 from dsno_kernels.diffusion.solvers import solvers
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "SolverPlan",
     "VPCosine",
     "VPLinear",
+    "sample",
     "solvers",
     "time_grid",
 ]

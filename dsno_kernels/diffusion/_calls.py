@@ -1,0 +1,94 @@
+"""The calls of the denoiser: keyword arguments, guidance in one call or two, and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsno_kernels.functional import checks
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The denoiser with its keyword arguments.
+
+    Args:
+        denoiser: ``denoiser(x, t, **kwargs)``.
+        kwargs: of the conditional call, or of the only one.
+        unconditional: of the unconditional call; None without guidance.
+        split: two calls in place of one on the doubled batch.
+        batch: how many samples there are; None for a state without axes.
+    """
+
+    denoiser: Callable[..., Tensor]
+    kwargs: Mapping[str, Any]
+    unconditional: Mapping[str, Any] | None
+    split: bool
+    batch: int | None
+
+    def __call__(self, x: Tensor, t: Tensor, row: int | None) -> tuple[Tensor, Tensor | None]:
+        """The conditional and the unconditional output; `row` is named in errors."""
+        if self.unconditional is None:
+            return self._output(x, t, self.kwargs, row), None
+        if self.split:
+            return (
+                self._output(x, t, self.kwargs, row),
+                self._output(x, t, self.unconditional, row),
+            )
+        both = self._output(torch.cat([x, x]), t, self.joined, row)
+        return both[: len(x)], both[len(x) :]
+
+    @cached_property
+    def joined(self) -> dict[str, Any]:
+        """The arguments of both calls as those of one on the doubled batch."""
+        assert self.unconditional is not None
+        if self.batch is None:
+            raise ValueError("guidance in one call needs a batch axis; give split_guidance=True")
+        names = set(self.kwargs) | set(self.unconditional)
+        return {name: self._joined(name, self.unconditional) for name in names}
+
+    def _joined(self, name: str, unconditional: Mapping[str, Any]) -> Any:
+        values = [of[name] for of in (self.kwargs, unconditional) if name in of]
+        if len(values) == 2:
+            first, second = values
+            if first is second and not self._per_sample(first):
+                return first
+            if self._per_sample(first) and self._per_sample(second):
+                return torch.cat([first, second])
+            plain = not isinstance(first, Tensor) and not isinstance(second, Tensor)
+            if plain and type(first) is type(second) and first == second:
+                return first
+        raise ValueError(
+            f"argument {name!r} of the denoiser cannot serve a conditional and an unconditional"
+            f" sample in one call: it must be the same in both, or a tensor of {self.batch} rows"
+            " in each; give split_guidance=True for two calls"
+        )
+
+    def _per_sample(self, value: object) -> bool:
+        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == self.batch
+
+    def _output(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], row: int | None) -> Tensor:
+        if torch.compiler.is_compiling() or x.is_inference():
+            output = self.denoiser(x, t, **kwargs)
+        else:
+            version = x._version
+            output = self.denoiser(x, t, **kwargs)
+            if x._version != version:
+                raise ValueError(f"the denoiser changed its input in place{_at(row)}")
+        what = f"what the denoiser returns{_at(row)}"
+        checks.real(what, output)
+        if output.shape != x.shape or output.device != x.device:
+            raise ValueError(
+                f"{what} must have the shape and device of its input, {tuple(x.shape)} on"
+                f" {x.device}, got {tuple(output.shape)} on {output.device}"
+            )
+        return output
+
+
+def _at(row: int | None) -> str:
+    return "" if row is None else f" at row {row} of the plan"

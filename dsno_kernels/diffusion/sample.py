@@ -1,0 +1,240 @@
+"""`sample`: from noise to data, or back, along a plan."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsno_kernels.diffusion._calls import Calls
+from dsno_kernels.diffusion._rows import Rows, Setting
+from dsno_kernels.diffusion.plan import SolverPlan
+from dsno_kernels.functional import checks
+
+# Times of frames may come from float32.
+_SAME_TIME = 1e-6
+
+
+def sample(
+    denoiser: Callable[..., Tensor],
+    x_T: Tensor,
+    plan: SolverPlan,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    unconditional: Mapping[str, Any] | None = None,
+    guidance: float | Tensor | None = None,
+    split_guidance: bool = False,
+    frames: Sequence[int] | Sequence[float] | Tensor | None = None,
+    history: Sequence[Tensor] = (),
+    generator: torch.Generator | None = None,
+    noise: Callable[[int], Tensor] | None = None,
+    clip: tuple[float, float] | None = None,
+    threshold: tuple[float, float, str] | None = None,
+    callback: Callable[[int, Tensor, Tensor, Tensor], object] | None = None,
+    progress: bool = False,
+    check_finite: bool = True,
+    model_dtype: torch.dtype | None = None,
+    recompute: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Integrate from ``grid[0]`` of a plan to ``grid[-1]``; each row of its table is one call of
+    the denoiser and one fused pass (:func:`solver_step`).
+
+    The state is float32 (float64 where x_T is float64), so that a model in bfloat16 costs no
+    accuracy of the solver. Differentiable in x_T, in what the denoiser uses, in the guidance scale
+    and in the grid of the plan; run it under ``torch.no_grad()`` where no gradient is wanted.
+
+    Args:
+        denoiser: ``denoiser(x, t, **kwargs)`` gives what the plan calls its `prediction`, in the
+            shape of x. x is the state times c_in, in `model_dtype`; it must not be changed in
+            place. t is the row's model time, a tensor without axes, float64 for a float64 state
+            and else float32, on the device of x; ``t.expand(len(x))`` where a model wants one for
+            each sample.
+        x_T: the state at ``grid[0]``, real, of any shape and strides; it is not changed.
+        plan: from `SolverPlan.build`; ``plan.reversed()`` goes from data to noise.
+        kwargs: of the denoiser, such as class labels.
+        unconditional: keyword arguments of the unconditional call of classifier-free guidance;
+            comes with guidance. The denoiser is called once on ``torch.cat([x, x])``, conditional
+            half first; tensors of B rows are concatenated, other arguments must be the same.
+        guidance: the scale g of ``u + g (c - u)``: a number, a tensor without axes, or ``[B]``.
+        split_guidance: call the denoiser twice instead.
+        frames: what to return in place of the last state: states at these times of the grid, or,
+            given as integers, at these positions in it. Position 0 is x_T itself.
+        history: entries before the first row, newest first, as many as the plan's `start` has.
+        generator: draws two numbers for each row that adds noise (EDM's churn, SDE solvers,
+            ``eta``), from which the kernel makes it; the same generator state gives the same
+            sample. By default PyTorch's own on the CPU.
+        noise: gives the noise of row i instead, and for i = -1 that before the first row.
+        clip: (lowest, highest) of x0, for plans with x0 history.
+        threshold: (ratio, max_value, definition) of :func:`dynamic_threshold` for x0, likewise.
+        callback: ``callback(i, t, x, h)`` after row i: time, state and history entry (x0, eps or
+            flow, as `plan.history` says). If it returns True sampling stops with that state.
+        progress: show a bar (needs tqdm).
+        check_finite: look, once at the end, whether the denoiser returned NaN or infinity. This
+            waits for the device.
+        model_dtype: of the model's input; that of x_T by default.
+        recompute: keep at most 8 states for the backward pass, however many rows there are, and
+            call the denoiser again there: three calls a row up to 64 rows, of which two are in the
+            backward pass; two up to 8. Its insides are kept for one row at a time. A `noise` of
+            your own must give the same tensors again.
+        backend: as in :func:`exp_step`.
+
+    Returns:
+        The state at ``grid[-1]``, in the shape, dtype and on the device of x_T. With frames
+        ``(B, T, *x_T.shape[1:])``, in their order, and with time outermost in memory where no
+        graph is recorded. After a callback has stopped, the frames that were reached.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit; what the denoiser returns has another
+        shape, device or dtype, or is not finite (names the row). ImportError: tqdm is missing.
+
+    Equivalent to: ``plan.replay(denoiser, x_T)``.
+
+    Example:
+        >>> process = dk.diffusion.VPLinear()
+        >>> plan = dk.diffusion.SolverPlan.build(process, dk.diffusion.time_grid(process, 10))
+        >>> model = lambda x, t: x * process.sigma(t).float()  # of data N(0, 1)
+        >>> dk.diffusion.sample(model, torch.randn(2, 3, 8, 8), plan).shape
+        torch.Size([2, 3, 8, 8])
+    """
+    _check(denoiser, x_T, plan, history, clip, threshold, model_dtype)
+    if recompute and (callback is not None or progress):
+        raise ValueError("recompute=True runs rows twice: it takes no callback and no progress")
+    if (unconditional is None) != (guidance is None):
+        raise ValueError("unconditional and guidance come together: give both or neither")
+    batch = x_T.shape[0] if x_T.ndim else None
+    wanted = None if frames is None else _frame_rows(plan, frames)
+    setting = Setting(
+        plan=plan,
+        calls=Calls(denoiser, dict(kwargs or {}), unconditional, split_guidance, batch),
+        dtype=torch.float64 if x_T.dtype == torch.float64 else torch.float32,
+        model_dtype=model_dtype or x_T.dtype,
+        device=x_T.device,
+        noise=noise,
+        seeds=_seeds(plan, generator, x_T.device) if noise is None else None,
+        keep_entry=callback is not None,
+        options={"guidance": guidance, "clip": clip, "threshold": threshold, "backend": backend},
+    )
+    rows = Rows(setting, check_finite)
+    state = rows.begin(x_T, history)
+    states = {-1: x_T}
+    if recompute:
+        inside = sorted({row for row in wanted or () if row >= 0})
+        results = rows.recomputed(0, plan.evaluations, inside, *state)
+        states |= zip(inside, results, strict=False)
+        base = results[len(inside)]
+    else:
+        with _bar(plan.evaluations, progress) as advance:
+            for i in range(plan.evaluations):
+                state, entry = rows.step(i, *state)
+                base = state[0]
+                if wanted is not None and i in wanted:
+                    states[i] = base
+                advance()
+                if callback is not None:
+                    assert entry is not None
+                    if callback(i, plan.times[i], base, entry) is True:
+                        break
+    if check_finite:
+        _check_totals(plan, rows.totals)
+    if wanted is None:
+        return base.to(x_T.dtype)
+    return torch.stack([states[row].to(x_T.dtype) for row in wanted if row in states], 1)
+
+
+def _check(
+    denoiser: object,
+    x_T: Tensor,
+    plan: object,
+    history: Sequence[Tensor],
+    clip: object,
+    threshold: object,
+    model_dtype: torch.dtype | None,
+) -> None:
+    if not callable(denoiser):
+        raise TypeError(f"denoiser must be callable, got {type(denoiser).__name__}")
+    checks.real("x_T", x_T)
+    if not isinstance(plan, SolverPlan):
+        raise TypeError(f"plan must be a SolverPlan, got {type(plan).__name__}")
+    if model_dtype is not None and model_dtype not in checks.REAL_DTYPES:
+        raise TypeError(
+            f"model_dtype must be one of {checks.names(checks.REAL_DTYPES)}, got {model_dtype}"
+        )
+    if len(history) != len(plan._seeds):
+        raise ValueError(
+            f"the plan starts from {len(plan._seeds)} history entries, got {len(history)}"
+        )
+    if plan.history != "x0" and (clip is not None or threshold is not None):
+        raise ValueError(
+            f"clip and threshold act on x0, but the plan combines {plan.history}: build it with"
+            " history='x0' and a solver that has it"
+        )
+
+
+def _seeds(
+    plan: SolverPlan, generator: torch.Generator | None, device: torch.device
+) -> Tensor | None:
+    if not plan.stochastic():
+        return None
+    source = "cpu" if generator is None else generator.device
+    shape = (plan.evaluations + 1, 2)
+    return torch.randint(2**63 - 1, shape, generator=generator, device=source).to(device)
+
+
+def _frame_rows(plan: SolverPlan, frames: Sequence[int] | Sequence[float] | Tensor) -> list[int]:
+    """The row after which base stands at each frame; -1 for x_T."""
+    grid = plan.grid.detach()
+    given = frames.tolist() if isinstance(frames, Tensor) else list(frames)
+    if not given:
+        raise ValueError("frames must name at least one time, got none")
+    after: dict[float, int] = {float(grid[0]): -1}
+    for i, (time, advances) in enumerate(
+        zip(plan.times.tolist(), plan.advances.tolist(), strict=True)
+    ):
+        if advances:
+            after.setdefault(time, i)
+    rows = []
+    for frame in given:
+        if isinstance(frame, int) and not isinstance(frame, bool):
+            if not 0 <= frame < len(grid):
+                raise ValueError(f"frame {frame} is not a position in the grid, 0..{len(grid) - 1}")
+            time = float(grid[frame])
+        else:
+            time = min(grid.tolist(), key=lambda t: abs(t - frame))
+            if not abs(time - frame) <= _SAME_TIME * max(abs(time), float(grid.abs().max())):
+                raise ValueError(
+                    f"frame time {frame} is not in the grid of the plan; the nearest is {time}"
+                )
+        if time not in after:
+            raise ValueError(
+                f"{plan.solver} never stands at t = {time}; its states are at"
+                f" {', '.join(f'{t:.6g}' for t in after)}"
+            )
+        rows.append(after[time])
+    return rows
+
+
+def _check_totals(plan: SolverPlan, totals: dict[int, Tensor]) -> None:
+    finite = torch.stack(list(totals.values())).isfinite().tolist()
+    for i, fine in zip(totals, finite, strict=True):
+        if not fine:
+            raise ValueError(
+                f"the denoiser returned NaN or infinity at row {i} of the plan, t ="
+                f" {float(plan.model_times[i].detach()):.6g}"
+            )
+
+
+@contextlib.contextmanager
+def _bar(rows: int, show: bool) -> Iterator[Callable[[], object]]:
+    if not show:
+        yield lambda: None
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from None
+    with tqdm(total=rows) as bar:
+        yield bar.update

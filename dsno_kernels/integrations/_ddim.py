@@ -1,0 +1,148 @@
+r"""DDIM: the rows of its steps, by the timestep.
+
+.. math:: x' = \alpha' x_0 + \sqrt{\sigma'^2 - s^2}\, \epsilon + s\, noise, \qquad
+    s = \eta \frac{\sigma'}{\sigma} \sqrt{1 - \alpha^2/\alpha'^2}
+
+with x_0 clipped or thresholded, epsilon as the model says (or derived from that x_0). Both are
+affine in the sample x and the model's output m, and m is given as an entry of history, so that the
+step is one row of `solver_step`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsno_kernels.functional import solver_step
+from dsno_kernels.integrations._multistep import Configured
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+def ddim_row(
+    signal: float, signal_next: float, prediction: str, eta: float, corrected: bool
+) -> tuple[float, ...]:
+    """A row of `solver_step` with the history (x_0, m), from the cumulative products of alpha.
+
+    Args:
+        corrected: epsilon is derived from the clipped x_0.
+    """
+    alpha, sigma = math.sqrt(signal), math.sqrt(1.0 - signal)
+    if prediction == "epsilon":
+        if alpha == 0.0:
+            raise ValueError(
+                "epsilon says nothing about x0 where alpha is 0 (rescale_betas_zero_snr at the last"
+                " timestep): use v_prediction or sample"
+            )
+        A, B, E, F = 1.0 / alpha, -sigma / alpha, 0.0, 1.0
+    elif prediction == "sample":
+        A, B, E, F = 0.0, 1.0, 1.0 / sigma, -alpha / sigma
+    else:
+        A, B, E, F = alpha, -sigma, sigma, alpha
+    variance = (1.0 - signal_next) / (1.0 - signal) * (1.0 - signal / signal_next)
+    s = eta * math.sqrt(max(variance, 0.0))
+    along = math.sqrt(max(1.0 - signal_next - s * s, 0.0))
+    c_x0 = math.sqrt(signal_next)
+    if corrected:
+        E, F, c_x0 = 1.0 / sigma, 0.0, c_x0 - along * alpha / sigma
+    return A, B, along * E, c_x0, along * F, s, 1.0, 0.0, 0.0, 1.0
+
+
+class DDIM(Configured):
+    """The steps of diffusers' DDIM scheduler."""
+
+    # of diffusers
+    timesteps: Tensor
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: Tensor
+    num_inference_steps: int | None
+
+    def _prepare(self) -> None:
+        self._rows: dict[tuple[float, bool], dict[int, tuple[float, ...]]] = {}
+        self._own, self._times = self.timesteps, [0]
+        self._limits: tuple[float, float, str] | None = None
+        self._clip: tuple[float, float] | None = None
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """Set the schedule of the next run, and its coefficients.
+
+        Args:
+            num_inference_steps: N steps, spaced as the configuration says.
+            device: of `timesteps`.
+        """
+        super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
+        config = self.config
+        if config.prediction_type not in PREDICTIONS:
+            raise ValueError(
+                f"prediction_type must be one of {', '.join(PREDICTIONS)}, got"
+                f" {config.prediction_type!r}"
+            )
+        self._own, self._times = self.timesteps, self.timesteps.tolist()
+        self._limits, self._clip = self._threshold(), None
+        if self._limits is not None and self._limits[1:] == (1.0, "diffusers"):
+            self._limits, self._clip = None, (-1.0, 1.0)
+        elif self._limits is None and config.clip_sample:
+            self._clip = (-config.clip_sample_range, config.clip_sample_range)
+        self._rows = {}
+        self._made(0.0, False)
+
+    def _made(self, eta: float, corrected: bool) -> dict[int, tuple[float, ...]]:
+        """The rows of the schedule by timestep, made once for each way of stepping."""
+        key = (eta, corrected)
+        if key not in self._rows:
+            signals = self.alphas_cumprod.tolist()
+            self._rows[key] = {t: self._row_at(t, signals, *key) for t in self._times}
+        return self._rows[key]
+
+    def _row_at(
+        self, t: int, signals: list[float], eta: float, corrected: bool
+    ) -> tuple[float, ...]:
+        assert self.num_inference_steps is not None
+        before = t - self.config.num_train_timesteps // self.num_inference_steps
+        final = float(self.final_alpha_cumprod)
+        signal_next = signals[before] if before >= 0 else final
+        return ddim_row(signals[t], signal_next, self.config.prediction_type, eta, corrected)
+
+    def _number(self, timestep: int | Tensor) -> int:
+        """The timestep as an int, without waiting for the device where it is one of `timesteps`."""
+        if not isinstance(timestep, Tensor):
+            return int(timestep)
+        own = self._own
+        if timestep.is_cuda and timestep.dtype == own.dtype and timestep.device == own.device:
+            place, rest = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
+            if rest == 0 and 0 <= place < len(self._times):
+                return self._times[place]
+        return int(timestep)
+
+    def _moved(
+        self,
+        output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float,
+        corrected: bool,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step: there is no schedule yet")
+        t, made = self._number(timestep), self._made(float(eta), bool(corrected))
+        row = made.get(t)
+        if row is None:  # a timestep outside the schedule
+            row = self._row_at(t, self.alphas_cumprod.tolist(), float(eta), bool(corrected))
+            made[t] = row
+        if output.dtype != sample.dtype:
+            sample = sample.to(torch.promote_types(output.dtype, sample.dtype))
+        moved, _, x0, _ = solver_step(
+            sample,
+            output,
+            row,
+            (output,),
+            noise=noise,
+            clip=self._clip,
+            threshold=self._limits,
+        )
+        assert x0 is not None
+        return moved, x0

@@ -1,0 +1,291 @@
+"""What the multistep schedulers share: tables made once, one fused call a step, any schedule."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsno_kernels.functional import dynamic_threshold, exp_step, solver_step
+from dsno_kernels.integrations._tables import Row, Solver, rows
+
+_BY_CONFIGURATION = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+)
+# A flow's sigma of 1, pure noise, is taken as this far below, as diffusers' UniPC does.
+_BELOW_ONE = 1e-6
+
+
+class Configured:
+    """Adds `match_diffusers` to the configuration of a scheduler of diffusers."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        original = super().__init__
+        if "__init__" in vars(cls) or original is object.__init__:
+            return
+
+        def __init__(self: Any, *args: Any, match_diffusers: bool = False, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            self.register_to_config(match_diffusers=bool(match_diffusers))
+            self._prepare()
+
+        # diffusers reads the entries of a configuration from the signature
+        signature = inspect.signature(original)
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        added = inspect.Parameter("match_diffusers", keyword, default=False, annotation=bool)
+        __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*signature.parameters.values(), added]
+        )
+        cls.__init__ = __init__  # type: ignore[method-assign]
+
+    def _prepare(self) -> None:
+        """Set the attributes that this library adds."""
+
+    config: Any
+
+    def _threshold(self) -> tuple[float, float, str] | None:
+        """The arguments of `dynamic_threshold` that the configuration asks for.
+
+        diffusers clamps the quantile to [1, sample_max_value]; with the default of 1 that leaves
+        nothing of it, and the threshold of the paper (arXiv 2205.11487) is taken: at least 1.
+        """
+        config = self.config
+        if not config.thresholding:
+            return None
+        if config.sample_max_value < 1:
+            raise ValueError(
+                f"sample_max_value must be at least 1 with thresholding, got"
+                f" {config.sample_max_value}"
+            )
+        ratio, highest = config.dynamic_thresholding_ratio, float(config.sample_max_value)
+        if config.match_diffusers or highest > 1:
+            return ratio, highest, "diffusers"
+        return ratio, 1.0, "dpm_solver"
+
+
+class Multistep(Configured):
+    """The steps of a multistep scheduler of diffusers, by rows of a table."""
+
+    # of diffusers
+    sigmas: Tensor
+    timesteps: Tensor
+    alphas_cumprod: Tensor
+    model_outputs: list[Tensor | None]
+    num_inference_steps: int | None
+    lower_order_nums: int
+    last_sample: Tensor | None
+    _step_index: int | None
+    _begin_index: int | None
+
+    def _prepare(self) -> None:
+        self._rows: tuple[Row, ...] = ()
+        self._first = 0
+        self._limits: tuple[float, float, str] | None = None
+
+    def _solver(self) -> Solver:
+        raise NotImplementedError
+
+    def _build(self, first: int) -> None:
+        """The table of a run that begins at step `first`."""
+        self._limits = self._threshold()
+        self._first = first
+        self._rows = rows(self._solver(), tuple(self.sigmas.tolist()), first)
+
+    def _end(self) -> str:
+        few = len(self.timesteps) < 15
+        return "lower_order_final" if self.config.lower_order_final and few else "full"
+
+    def _prediction(self, *known: str) -> str:
+        given: str = self.config.prediction_type
+        if given not in known:
+            raise ValueError(
+                f"prediction_type must be one of {', '.join(known)} for {type(self).__name__} with"
+                f" this configuration, got {given!r}"
+            )
+        return given
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        super().set_begin_index(begin_index)  # type: ignore[misc]
+        if self._rows and begin_index != self._first:
+            self._build(begin_index)
+
+    def _init_step_index(self, timestep: int | Tensor) -> None:
+        super()._init_step_index(timestep)  # type: ignore[misc]
+        assert self._step_index is not None
+        if self._step_index != self._first:
+            self._build(self._step_index)
+
+    def _schedule(
+        self,
+        num_inference_steps: int | None,
+        device: str | torch.device | None,
+        sigmas: Sequence[float] | None,
+        timesteps: Sequence[int] | None,
+        mu: float | None,
+    ) -> None:
+        """`set_timesteps`: the schedule of diffusers, or one's own, then the table."""
+        config = self.config
+        shift = getattr(config, "flow_shift", None)
+        keywords: dict[str, Any] = {} if mu is None else {"mu": mu}
+        try:
+            if sigmas is not None or timesteps is not None:
+                self._own_schedule(num_inference_steps, device, sigmas, timesteps, keywords)
+            elif num_inference_steps is None:
+                raise ValueError("give num_inference_steps, timesteps or sigmas")
+            else:
+                self._usual_schedule(num_inference_steps, device, keywords)
+        finally:
+            if shift is not None:
+                config.flow_shift = shift  # diffusers leaves that of mu for the next call
+        self._build(0)
+
+    def _usual_schedule(
+        self, steps: int, device: str | torch.device | None, keywords: dict[str, Any]
+    ) -> None:
+        config = self.config
+        chosen = any(getattr(config, name, False) for name in _BY_CONFIGURATION)
+        final = getattr(config, "final_sigmas_type", None)
+        original = super().set_timesteps  # type: ignore[misc]
+        if config.match_diffusers:
+            original(steps, device, **keywords)
+        elif chosen and final == "sigma_min":
+            # diffusers' last two sigmas are then equal: here the last of one more step
+            original(steps + 1, device, **keywords)
+            self.timesteps, self.sigmas = self.timesteps[:-1], self.sigmas[: steps + 1]
+            self.num_inference_steps = steps
+        else:
+            original(steps, device, **keywords)
+            if final is None and (chosen or config.use_flow_sigmas):
+                self.sigmas[-1] = 0.0  # DEIS: equal to the one before, as above
+            elif final == "sigma_min" and config.use_flow_sigmas:
+                smallest = self._shifted(np.array([1.0 / config.num_train_timesteps]), keywords)
+                self.sigmas[-1] = min(float(smallest[0]), float(self.sigmas[-1]))
+
+    def _own_schedule(
+        self,
+        steps: int | None,
+        device: str | torch.device | None,
+        sigmas: Sequence[float] | None,
+        timesteps: Sequence[int] | None,
+        keywords: dict[str, Any],
+    ) -> None:
+        config = self.config
+        if sigmas is not None and timesteps is not None:
+            raise ValueError("give timesteps or sigmas, not both")
+        for name in _BY_CONFIGURATION:
+            if getattr(config, name, False):
+                raise ValueError(f"timesteps and sigmas exclude {name}=True in the configuration")
+        given = np.array(timesteps if sigmas is None else sigmas, dtype=np.float64)
+        if given.ndim != 1 or len(given) == 0:
+            raise ValueError(f"timesteps or sigmas must be a list of numbers, got {given.tolist()}")
+        ends_clean = sigmas is not None and len(given) > 1 and given[-1] == 0
+        if ends_clean:
+            given = given[:-1]
+        if steps is not None and (timesteps is not None or steps != len(given)):
+            raise ValueError("give num_inference_steps, timesteps or sigmas: only one of them")
+        trained = np.array(((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5, np.float64)
+        if config.use_flow_sigmas:
+            if timesteps is not None:
+                own, times = given / config.num_train_timesteps, given
+            else:
+                own = self._shifted(given, keywords)
+                times = own * config.num_train_timesteps
+            own = np.minimum(own, 1.0 - _BELOW_ONE)
+        elif timesteps is not None:
+            own, times = np.interp(given, np.arange(len(trained)), trained), given
+        else:
+            logs = np.log(trained)
+            own = given
+            times = np.array([self._sigma_to_t(sigma, logs) for sigma in own]).round()  # type: ignore[attr-defined]
+        final = getattr(config, "final_sigmas_type", "zero" if sigmas is not None else "sigma_min")
+        last = 0.0
+        if not ends_clean and final == "sigma_min":
+            last = 1.0 / config.num_train_timesteps if config.use_flow_sigmas else trained[0]
+        own = np.append(own, last)
+        for i in range(len(own) - 1):
+            if not own[i] > own[i + 1]:
+                raise ValueError(
+                    f"sigmas must decrease strictly: sigma {i} is {own[i]:.6g}, sigma {i + 1} is"
+                    f" {own[i + 1]:.6g}"
+                )
+        super().set_timesteps(len(given), device, **keywords)  # type: ignore[misc]
+        self.sigmas = torch.from_numpy(own.astype(np.float32))
+        self.timesteps = torch.from_numpy(times).to(device=device, dtype=torch.int64)
+        self.num_inference_steps = len(given)
+
+    def _shifted(self, sigmas: Any, keywords: dict[str, Any]) -> Any:
+        """The time shift of flow models, by mu where it is given."""
+        mu = keywords.get("mu")
+        shift = self.config.flow_shift if mu is None else np.exp(mu)
+        return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+    def _row(self, timestep: int | Tensor) -> Row:
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step: there is no schedule yet")
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        assert self._step_index is not None
+        i = self._step_index - self._first
+        if not 0 <= i < len(self._rows):
+            raise ValueError(
+                f"step {self._step_index} of a schedule of {len(self.timesteps)} steps from"
+                f" {self._first}: call set_timesteps before the next run"
+            )
+        return self._rows[i]
+
+    def _advanced(
+        self, row: Row, output: Tensor, sample: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        """The sample after the row; its history and its place in the schedule move on."""
+        if self._limits is not None:
+            output = self._thresholded(output, sample, row)
+        outputs = self.model_outputs
+        history: list[Any] = outputs[: -row.reads - 1 : -1] if row.reads else []
+        if any(entry is None for entry in history):
+            raise ValueError(
+                f"step {self._step_index} needs {row.reads} earlier outputs, which are not there:"
+                " call set_timesteps before a new run"
+            )
+        if row.direct:
+            moved = exp_step(sample, (output, *history), row.direct, noise=noise)
+            entry = output
+            if row.entry != (0.0, 1.0):
+                entry = exp_step(sample, (output,), row.entry)
+            corrected = sample
+        else:
+            base = self.last_sample if row.corrects else None
+            corrected, moved, entry, _ = solver_step(  # type: ignore[assignment]
+                sample,
+                output,
+                row.fused,
+                history,
+                base=base,
+                noise=noise,
+                looks_ahead=row.looks_ahead,
+            )
+            if not row.corrects:
+                corrected = sample
+        self.last_sample = corrected
+        outputs.append(entry)
+        del outputs[0]
+        self.lower_order_nums = min(self.lower_order_nums + 1, len(outputs))
+        assert self._step_index is not None
+        self._step_index += 1
+        return moved
+
+    def _thresholded(self, output: Tensor, sample: Tensor, row: Row) -> Tensor:
+        """x0 after dynamic thresholding."""
+        assert self._limits is not None
+        x0 = output if row.to_x0 == (0.0, 1.0) else exp_step(sample, (output,), row.to_x0)
+        ratio, highest, definition = self._limits
+        if (highest, definition) == (1.0, "diffusers"):
+            return x0.clamp(-1.0, 1.0)  # what is left of the quantile
+        return dynamic_threshold(x0, ratio, highest, definition)

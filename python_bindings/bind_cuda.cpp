@@ -12,7 +12,7 @@ namespace {
 
 // Raised with every change of the signatures and plans below; dsno_kernels/backends/cuda.py expects
 // it.
-constexpr int kApi = 2;
+constexpr int kApi = 3;
 
 }  // namespace
 
@@ -31,4 +31,5 @@ void bind_cuda(py::module_& m) {
         },
         py::arg("kernel"), py::arg("grid"), py::arg("input"), py::arg("output"), py::arg("table"),
         py::arg("numbers"), py::arg("stream"));
+    bind_cuda_steps(m);
 }

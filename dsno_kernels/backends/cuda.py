@@ -1,12 +1,13 @@
-"""The CUDA C++ backend: transforms compiled ahead of time (csrc/cuda/truncated_fft.cu).
+"""The CUDA C++ backend: kernels compiled ahead of time (csrc/cuda/*.cu).
 
 The transforms run along any axis; long spectral convolutions are composed of them and of cuBLAS
-products (`backends._composed`).
+products (`backends._composed`). The integrator steps are one launch (`backends.cuda_steps`).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -21,9 +22,10 @@ from dsno_kernels.backends._launch import (
     uncovered_capability,
 )
 from dsno_kernels.backends._transforms import Plan
+from dsno_kernels.backends.cuda_steps import Steps
 
 # kApi of bind_cuda.cpp.
-_API = 2
+_API = 3
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,3 +82,22 @@ spectral_conv = _ops.spectral_conv
 spectral_conv_weight_grad = _ops.spectral_conv_weight_grad
 truncated_rfft = _ops.truncated_rfft
 truncated_irfft = _ops.truncated_irfft
+
+
+@functools.lru_cache(maxsize=1)
+def _step_ids() -> dict[str, int]:
+    module, reason = _extension()
+    assert module is not None, reason
+    return {name: place for place, name in enumerate(module.cuda_step_kernels())}
+
+
+def _launch_step(kernel: str, grid: int, params: bytes, tensors: Sequence[Tensor]) -> None:
+    module, reason = _extension()
+    assert module is not None, reason
+    device = tensors[0].device
+    with on_device(device):
+        module.cuda_step(_step_ids()[kernel], grid, params, raw_stream(device))
+
+
+_steps = Steps(_launch_step)
+exp_step = _steps.exp_step

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from dsno_kernels.backends._launch import (
     raw_stream,
 )
 from dsno_kernels.backends._transforms import THREADS, Plan
+from dsno_kernels.backends.cuda_steps import Steps, source_of
 
 _MIN_CAPABILITY = (8, 0)
 _SOURCE = "truncated_fft.cuh"
@@ -54,8 +56,8 @@ class _Stream(NamedTuple):
 
 
 @functools.cache
-def _module(device_index: int) -> Any:
-    """The compiled kernels, loaded on one device."""
+def _module(device_index: int, source: str = _SOURCE) -> Any:
+    """The compiled kernels of one file, loaded on one device."""
     import cupy
 
     not_while_capturing(torch.device("cuda", device_index), "call of backend 'cupy' compiles")
@@ -65,7 +67,7 @@ def _module(device_index: int) -> Any:
     architecture = _nvrtc.target(capability, nvrtc.getSupportedArchs())
     _warn_once(architecture)
     module = cupy.cuda.function.Module()
-    module.load(_nvrtc.compiled(_SOURCE, architecture))
+    module.load(_nvrtc.compiled(source, architecture))
     return module
 
 
@@ -79,8 +81,8 @@ def _warn_once(architecture: str) -> None:
 
 
 @functools.cache
-def _function(kernel: str, device_index: int) -> Any:
-    return _module(device_index).get_function(kernel)
+def _function(kernel: str, device_index: int, source: str = _SOURCE) -> Any:
+    return _module(device_index, source).get_function(kernel)
 
 
 def _launch(plan: Plan, source: Tensor, target: Tensor, table: Tensor) -> None:
@@ -102,3 +104,18 @@ spectral_conv = _ops.spectral_conv
 spectral_conv_weight_grad = _ops.spectral_conv_weight_grad
 truncated_rfft = _ops.truncated_rfft
 truncated_irfft = _ops.truncated_irfft
+
+
+def _launch_step(kernel: str, grid: int, params: bytes, tensors: Sequence[Tensor]) -> None:
+    import cupy
+
+    device = tensors[0].device
+    index = torch.cuda.current_device() if device.index is None else device.index
+    struct = np.frombuffer(params, f"V{len(params)}")
+    with on_device(device), cupy.cuda.Device(index):
+        function = _function(kernel, index, source_of(kernel))
+        function((grid,), (THREADS,), (struct,), 0, _Stream(raw_stream(device)))
+
+
+_steps = Steps(_launch_step)
+exp_step = _steps.exp_step

@@ -4,6 +4,7 @@ TRITON_INTERPRET=1; not collected alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,12 +23,21 @@ DENSE = (2, 2, 6, 5, 3)
 
 
 @pytest.fixture(params=["whole", "walked"])
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Groups on chip, or walked in tiles of 2 channels and 8 pixels."""
     if request.param == "walked":
         monkeypatch.setattr(group_norm, "WHOLE", 8)
         monkeypatch.setattr(group_norm, "TILE", 16)
         monkeypatch.setattr(group_norm, "MOST_CHANNELS", 2)
+    forget_plans()
+    yield
+    forget_plans()
+
+
+def forget_plans() -> None:
+    """Plans hold the tiles of their time."""
+    group_norm.plan_forward.cache_clear()
+    group_norm.plan_backward.cache_clear()
 
 
 def ordered(x: Tensor, order: str) -> Tensor:

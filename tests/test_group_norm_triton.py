@@ -22,9 +22,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
 from dsno_kernels.backends import triton as backend
-from dsno_kernels.backends.triton import configs, group_norm
+from dsno_kernels.backends.triton import configs, group_norm, launch
 from tests import triton_aot
 from tests.test_triton_aot import SHARED
+from tests.test_triton_launch import by_position, doubled
 from tests.triton_aot import Launch
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -96,3 +97,49 @@ def test_groups_of_cifar_stay_on_chip() -> None:
     for channels, pixels in ((8, 1024), (16, 1024), (16, 64)):
         assert group_norm.tile_of(channels, pixels).whole
     assert not group_norm.tile_of(6, 4096).whole
+
+
+def test_warm_calls_of_one_plan_launch_directly() -> None:
+    """The launch record is that of test_triton_launch.py: a first call goes by name, later ones by
+    position; another epilogue or memory order is another plan.
+    """
+    x, ones = torch.randn(2, 4, 8, 3, 5), torch.ones(8)
+    scale = torch.randn(2, 4, 8)
+    last = x.movedim(2, -1).contiguous().movedim(-1, 2)
+    calls: list[Callable[[], object]] = [
+        lambda: both_on_cpu(x, ones, None),
+        lambda: both_on_cpu(x, ones, scale),
+        lambda: both_on_cpu(x, ones, scale.mT.contiguous().mT),
+        lambda: both_on_cpu(x, ones.half(), None),
+        lambda: both_on_cpu(x.half(), ones, None),
+        lambda: both_on_cpu(last, ones, None),
+        lambda: both_on_cpu(x, ones, None, silu=False),
+        lambda: both_on_cpu(x, ones, None, groups=4),
+    ]
+    group_norm.plan_forward.cache_clear()
+    group_norm.plan_backward.cache_clear()
+    with doubled() as record:
+        for call in calls:
+            call()
+            assert record.take() == (3, 0)
+        for call in calls:
+            call()
+            assert record.take() == (0, 3)
+        # The direct launches pass what launches by name would, but for the outputs' addresses.
+        both_on_cpu(x, ones, scale)
+        direct = list(record.direct)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "_observed", lambda kernel: True)
+            both_on_cpu(x, ones, scale)
+        named = [by_position(*one) for one in record.named]
+        for (kernel, *_), wanted, got in zip(record.named, named, direct, strict=True):
+            places = [0, *(i for i, name in enumerate(kernel.arg_names, 1) if "_ptr" not in name)]
+            assert [wanted[i] for i in places] == [got[i] for i in places]
+            assert len(wanted) == len(got)
+
+
+def both_on_cpu(
+    x: Tensor, weight: Tensor, scale: Tensor | None, silu: bool = True, groups: int = 2
+) -> None:
+    _, mean, rstd = backend.group_norm_silu(x, groups, weight, weight, scale=scale, silu=silu)
+    backend.group_norm_silu_backward(x, x, mean, rstd, weight, weight, scale=scale, silu=silu)

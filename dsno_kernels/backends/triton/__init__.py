@@ -5,6 +5,8 @@ Nothing here needs triton to be installed, and nothing is compiled, before the f
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import os
 from typing import Any
@@ -41,45 +43,39 @@ def unsupported(request: Request) -> str | None:
 
 def spectral_conv(x: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
     """See `backends.reference.spectral_conv`."""
-    from dsno_kernels.backends.triton import conv as launchers
-
-    return launchers.spectral_conv(x, weight, **options)
+    return _launchers("conv").spectral_conv(x, weight, **options)
 
 
 def spectral_conv_weight_grad(x: Tensor, grad_output: Tensor, modes: int, **options: Any) -> Tensor:
     """See `backends.reference.spectral_conv_weight_grad`."""
-    from dsno_kernels.backends.triton import weight_grad as launchers
-
-    return launchers.spectral_conv_weight_grad(x, grad_output, modes, **options)
+    return _launchers("weight_grad").spectral_conv_weight_grad(x, grad_output, modes, **options)
 
 
 def truncated_rfft(x: Tensor, modes: int, *, dim: int) -> Tensor:
     """See `backends.reference.truncated_rfft`."""
-    from dsno_kernels.backends.triton import transforms as launchers
-
-    return launchers.truncated_rfft(x, modes, dim=dim)
+    return _launchers("transforms").truncated_rfft(x, modes, dim=dim)
 
 
 def truncated_irfft(spectrum: Tensor, n: int, *, dim: int) -> Tensor:
     """See `backends.reference.truncated_irfft`."""
-    from dsno_kernels.backends.triton import transforms as launchers
-
-    return launchers.truncated_irfft(spectrum, n, dim=dim)
+    return _launchers("transforms").truncated_irfft(spectrum, n, dim=dim)
 
 
 def group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `backends.reference_norm.group_norm_silu`."""
-    from dsno_kernels.backends.triton import group_norm as launchers
-
-    return launchers.group_norm_silu(x, groups, weight, bias, **options)
+    return _launchers("group_norm").group_norm_silu(x, groups, weight, bias, **options)
 
 
 def group_norm_silu_backward(
     grad: Tensor, x: Tensor, *parameters: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See `backends.reference_norm.group_norm_silu_backward`."""
-    from dsno_kernels.backends.triton import group_norm as launchers
+    return _launchers("group_norm").group_norm_silu_backward(grad, x, *parameters, **options)
 
-    return launchers.group_norm_silu_backward(grad, x, *parameters, **options)
+
+@functools.cache
+def _launchers(module: str) -> Any:
+    """The module that plans and launches an op, imported at its first call; it imports triton."""
+    return importlib.import_module(f"{__name__}.{module}")

@@ -1,7 +1,8 @@
-"""Launchers of `group_norm_silu` and its backward."""
+"""Plans and launches of `group_norm_silu` and its backward."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from dsno_kernels._layout import Axes
 from dsno_kernels.backends.reference_norm import channels_last_strides
 from dsno_kernels.backends.triton import group_norm_kernels, launch
 from dsno_kernels.backends.triton.configs import Config
+from dsno_kernels.backends.triton.launch import Launch, Operand
 
 # Elements of the largest tile that one program holds on chip, and of the tile in which larger
 # groups are walked: as large as compiles without spills (tests/test_group_norm_triton.py); not
@@ -49,6 +51,26 @@ def tile_of(channels: int, pixels: int) -> Tile:
     return Tile(False, c, min(p, TILE // c))
 
 
+class Plan(NamedTuple):
+    """What a call copies first, what it allocates, and what it launches."""
+
+    copy_x: bool
+    y_strides: tuple[int, ...]
+    statistics: tuple[int, ...]
+    launch: Launch
+
+
+class BackwardPlan(NamedTuple):
+    """The same of a backward call: the kernel of dx, and that of the parameters' gradients."""
+
+    copy_x: bool
+    copy_grad: bool
+    grad_x_strides: tuple[int, ...]
+    sums: tuple[int, ...]
+    launch: Launch
+    parameters: Launch
+
+
 def group_norm_silu(
     x: Tensor,
     groups: int,
@@ -63,38 +85,58 @@ def group_norm_silu(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `backends.reference_norm.group_norm_silu`."""
-    x, axes = _layout.canonical(x, *_AXES)
-    if channels_last:
-        strides = channels_last_strides(x.shape)
-        y = torch.empty_strided(x.shape, strides, dtype=out_dtype or x.dtype, device=x.device)
-    else:
-        y = _layout.empty(x, *_AXES, axes.T, axes.C, out_dtype or x.dtype)
-    mean, rstd = torch.empty(
-        (2, axes.B, axes.T, groups), dtype=torch.float32, device=x.device
-    ).unbind()
+    device, out_dtype = x.device, out_dtype or x.dtype
+    plan = plan_forward(
+        device,
+        launch.operand(x),
+        groups,
+        (weight.dtype, bias.dtype),
+        launch.operand(scale),
+        launch.operand(shift),
+        eps,
+        silu,
+        channels_last,
+        out_dtype,
+    )
+    if plan.copy_x:
+        x = _layout.canonical(x, *_AXES)[0]
+    y = torch.empty_strided(x.shape, plan.y_strides, dtype=out_dtype, device=device)
+    mean, rstd = torch.empty(plan.statistics, dtype=torch.float32, device=device).unbind()
+    launch.run(plan.launch, x, weight.contiguous(), bias.contiguous(), scale, shift, y, mean, rstd)
+    return y, mean, rstd
+
+
+@functools.lru_cache(maxsize=launch.PLANS)
+def plan_forward(
+    device: torch.device,
+    x: Operand,
+    groups: int,
+    parameters: tuple[torch.dtype, torch.dtype],
+    scale: Operand | None,
+    shift: Operand | None,
+    eps: float,
+    silu: bool,
+    channels_last: bool,
+    out_dtype: torch.dtype,
+) -> Plan:
+    """The plan of a call; dtypes that only the kernel sees are keys."""
+    axes, copy_x = launch.axes_of(x, *_AXES)
+    y_strides = channels_last_strides(x[0]) if channels_last else _strides_like(x, axes)
     tile = tile_of(axes.C // groups, axes.P)
-    launch.submit(
+    planned = Launch(
         group_norm_kernels.group_norm_silu_kernel,
         axes.B * axes.T * groups,
         tile.config,
-        x.device,
-        x_ptr=x,
-        weight_ptr=weight.contiguous(),
-        bias_ptr=bias.contiguous(),
-        scale_ptr=scale,
-        shift_ptr=shift,
-        y_ptr=y,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
+        device,
         **_sizes(axes, groups),
         eps=eps,
-        **_strides("x", axes),
-        **_strides("y", _layout.canonical(y, *_AXES)[1]),
+        **launch.named_strides("x", axes),
+        **launch.named_strides("y", launch.axes_of((x[0], y_strides, out_dtype), *_AXES)[0]),
         **_modulation_strides(scale, shift),
         SILU=silu,
         **tile.constants,
     )
-    return y, mean, rstd
+    return Plan(copy_x, y_strides, (2, axes.B, axes.T, groups), planned)
 
 
 def group_norm_silu_backward(
@@ -110,56 +152,93 @@ def group_norm_silu_backward(
     silu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See `backends.reference_norm.group_norm_silu_backward`."""
-    x, axes = _layout.canonical(x, *_AXES)
-    grad, grad_axes = _layout.canonical(grad, *_AXES)
+    device = x.device
+    plan = plan_backward(
+        device,
+        launch.operand(grad),
+        launch.operand(x),
+        mean.shape[2],
+        (weight.dtype, bias.dtype),
+        launch.operand(scale),
+        launch.operand(shift),
+        silu,
+    )
+    if plan.copy_x:
+        x = _layout.canonical(x, *_AXES)[0]
+    if plan.copy_grad:
+        grad = _layout.canonical(grad, *_AXES)[0]
     weight, bias = weight.contiguous(), bias.contiguous()
-    groups, samples = mean.shape[2], axes.B * axes.T
-    grad_x = _layout.empty(x, *_AXES, axes.T, axes.C, x.dtype)
-    sums = torch.empty((2, samples, axes.C), dtype=torch.float32, device=x.device)
+    grad_x = torch.empty_strided(x.shape, plan.grad_x_strides, dtype=x.dtype, device=device)
+    sums = torch.empty(plan.sums, dtype=torch.float32, device=device)
+    launch.run(
+        plan.launch,
+        grad,
+        x,
+        mean.contiguous(),
+        rstd.contiguous(),
+        weight,
+        bias,
+        scale,
+        shift,
+        grad_x,
+        sums,
+    )
+    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+    grad_scale, grad_shift = (
+        None if t is None else torch.empty(x.shape[:3], dtype=t.dtype, device=device)
+        for t in (scale, shift)
+    )
+    launch.run(
+        plan.parameters,
+        sums,
+        weight,
+        bias,
+        scale,
+        grad_weight,
+        grad_bias,
+        grad_scale,
+        grad_shift,
+    )
+    return grad_x, grad_weight, grad_bias, grad_scale, grad_shift
+
+
+@functools.lru_cache(maxsize=launch.PLANS)
+def plan_backward(
+    device: torch.device,
+    grad: Operand,
+    x: Operand,
+    groups: int,
+    parameters: tuple[torch.dtype, torch.dtype],
+    scale: Operand | None,
+    shift: Operand | None,
+    silu: bool,
+) -> BackwardPlan:
+    """The plan of a backward call; dtypes that only the kernels see are keys."""
+    axes, copy_x = launch.axes_of(x, *_AXES)
+    grad_axes, copy_grad = launch.axes_of(grad, *_AXES)
+    grad_x_strides = _strides_like(x, axes)
+    samples = axes.B * axes.T
     tile = tile_of(axes.C // groups, axes.P)
     modulation = _modulation_strides(scale, shift)
-    launch.submit(
+    planned = Launch(
         group_norm_kernels.group_norm_silu_backward_kernel,
         samples * groups,
         tile.config,
-        x.device,
-        grad_ptr=grad,
-        x_ptr=x,
-        mean_ptr=mean.contiguous(),
-        rstd_ptr=rstd.contiguous(),
-        weight_ptr=weight,
-        bias_ptr=bias,
-        scale_ptr=scale,
-        shift_ptr=shift,
-        grad_x_ptr=grad_x,
-        sums_ptr=sums,
+        device,
         samples=samples,
         **_sizes(axes, groups),
-        **_strides("g", grad_axes),
-        **_strides("x", axes),
-        **_strides("y", _layout.canonical(grad_x, *_AXES)[1]),
+        **launch.named_strides("g", grad_axes),
+        **launch.named_strides("x", axes),
+        **launch.named_strides("y", launch.axes_of((x[0], grad_x_strides, x[2]), *_AXES)[0]),
         **modulation,
         SILU=silu,
         **tile.constants,
     )
-    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
-    grad_scale, grad_shift = (
-        None if t is None else torch.empty(x.shape[:3], dtype=t.dtype, device=x.device)
-        for t in (scale, shift)
-    )
-    launch.submit(
+    of_parameters = Launch(
         group_norm_kernels.group_norm_silu_parameters_kernel,
         launch.cdiv(axes.C, _PARAMETERS.tile[1]),
         _PARAMETERS,
-        x.device,
-        sums_ptr=sums,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        scale_ptr=scale,
-        grad_weight_ptr=grad_weight,
-        grad_bias_ptr=grad_bias,
-        grad_scale_ptr=grad_scale,
-        grad_shift_ptr=grad_shift,
+        device,
         samples=samples,
         T=axes.T,
         C=axes.C,
@@ -167,27 +246,23 @@ def group_norm_silu_backward(
         BLOCK_N=_PARAMETERS.tile[0],
         BLOCK_C=_PARAMETERS.tile[1],
     )
-    return grad_x, grad_weight, grad_bias, grad_scale, grad_shift
+    sums = (2, samples, axes.C)
+    return BackwardPlan(copy_x, copy_grad, grad_x_strides, sums, planned, of_parameters)
+
+
+def _strides_like(x: Operand, axes: Axes) -> tuple[int, ...]:
+    """Strides of a dense tensor in the shape and memory order of x."""
+    return _layout.find_output_layout(x[0], x[1], *_AXES, axes.T, axes.C)[1]
 
 
 def _sizes(axes: Axes, groups: int) -> dict[str, int]:
     return {"T": axes.T, "C": axes.C, "P": axes.P, "groups": groups}
 
 
-def _strides(tensor: str, axes: Axes) -> dict[str, int]:
-    """Strides as kernel arguments; 0 for an axis of one element, whose stride says nothing but
-    would cost the compiler what it knows of alignment.
-    """
-    return {
-        f"stride_{tensor}{name}": stride if size > 1 else 0
-        for name, size, stride in zip("btcp", axes[:4], axes.strides, strict=True)
-    }
-
-
-def _modulation_strides(scale: Tensor | None, shift: Tensor | None) -> dict[str, int]:
+def _modulation_strides(scale: Operand | None, shift: Operand | None) -> dict[str, int]:
     """Strides of scale and shift `[B, T, C]`."""
     return {
-        f"stride_{name}{axis}": 0 if values is None else values.stride(place)
+        f"stride_{name}{axis}": 0 if values is None else values[1][place]
         for name, values in (("s", scale), ("h", shift))
         for place, axis in enumerate("btc")
     }

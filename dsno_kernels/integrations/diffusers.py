@@ -54,7 +54,9 @@ try:
         UniPCMultistepScheduler,
     )
     from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
-    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+    # diffusers looks for SchedulerMixin in this module where it loads a pipeline with our scheduler
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput  # noqa: F401
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
     raise ImportError(

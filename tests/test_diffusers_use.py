@@ -1,0 +1,534 @@
+"""The fused schedulers in use: what is right where diffusers is not, state, configurations, own
+schedules, gradients, pipelines.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import assert_close, rel_rms
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+import diffusers
+
+from tests.scheduler_runs import SCHEDULERS, denoise, original, ours, run, run_wide, start
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
+]
+
+SINGLE = 1e-5  # float32 on both sides
+KARRAS_LIKE = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
+ALL = (*SCHEDULERS, "DDIMScheduler")
+
+
+def scheduled(scheduler: Any, steps: int = 8, **options: Any) -> Any:
+    scheduler.set_timesteps(steps, **options)
+    return scheduler
+
+
+# Published numbers of diffusers' own tests (tests/schedulers): the model x t / (t + 1) on a ramp.
+
+
+def ramp() -> Tensor:
+    """4 samples of 3 x 8 x 8, the batch innermost in the ramp."""
+    return (torch.arange(768).reshape(3, 8, 8, 4) / 768).permute(3, 0, 1, 2)
+
+
+def published_run(scheduler: Any, x: Tensor, timesteps: Tensor) -> Tensor:
+    for t in timesteps:
+        x = scheduler.step(x * t / (t + 1), t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize(("prediction", "mean"), [("epsilon", 0.23916), ("v_prediction", 0.091)])
+def test_published_means(prediction: str, mean: float) -> None:
+    scheduler = ours("DEISMultistepScheduler", solver_order=2, prediction_type=prediction)
+    scheduled(scheduler, 10)
+    found = published_run(scheduler, ramp(), scheduler.timesteps).abs().mean()
+    assert abs(float(found) - mean) < 1e-3
+
+
+def test_published_sum_with_noise() -> None:
+    scheduler = scheduled(ours("DEISMultistepScheduler", solver_order=2), 10)
+    noise = (torch.arange(768).flip(0).reshape(3, 8, 8, 4) / 768).permute(3, 0, 1, 2)
+    timesteps = scheduler.timesteps[8:]
+    x = scheduler.add_noise(ramp(), noise, timesteps[:1])
+    found = published_run(scheduler, x, timesteps).abs()
+    assert abs(float(found.sum()) - 315.3016) < 1e-2
+    assert abs(float(found.mean()) - 0.41054) < 1e-3
+
+
+# Where diffusers is not right
+
+
+@pytest.mark.parametrize("schedule", KARRAS_LIKE)
+def test_last_step_of_deis_denoises(schedule: str) -> None:
+    """diffusers wastes the last evaluation; here it takes the sample to the predicted x0."""
+    config = {schedule: True, "solver_order": 3}
+    if schedule == "use_flow_sigmas":
+        config["prediction_type"] = "flow_prediction"
+    x, results = start(), {}
+    for match in (True, False):
+        scheduler = scheduled(ours("DEISMultistepScheduler", **config, match_diffusers=match), 20)
+        before = run(scheduler, x, scheduler.timesteps[:-1])
+        t = scheduler.timesteps[-1]
+        m = denoise(before, t)
+        results[match] = before, m, scheduler.step(m, t, before).prev_sample, scheduler.sigmas
+    (before, _, after, _), (mine, m, x0, sigmas) = results[True], results[False]
+    assert_close(after, before, 1e-12)  # the defect
+    assert_close(mine, before, 1e-12)
+    sigma = float(sigmas[-2])
+    alpha = 1.0 if schedule == "use_flow_sigmas" else (1 + sigma**2) ** -0.5
+    assert sigmas[-1] == 0
+    assert_close(x0, (before - sigma * alpha * m) / alpha, 1e-6)
+
+
+@pytest.mark.parametrize("schedule", KARRAS_LIKE)
+@pytest.mark.parametrize("name", SCHEDULERS[1:])
+def test_no_step_without_length(name: str, schedule: str) -> None:
+    """sigma_min with such sigmas: the same ends, one step more between them."""
+    config = {schedule: True, "final_sigmas_type": "sigma_min"}
+    theirs, mine = (scheduled(make(name, **config), 12) for make in (original, ours))
+    assert len(mine.timesteps) == len(theirs.timesteps) == 12
+    assert mine.num_inference_steps == 12 and len(mine.sigmas) == 13
+    assert bool((mine.sigmas.diff() < 0).all())
+    assert_close(mine.sigmas[0], theirs.sigmas[0], 1e-6)
+    if schedule != "use_flow_sigmas":
+        assert_close(mine.sigmas[-1], theirs.sigmas[-1], 1e-5)
+    assert bool(torch.isfinite(run(mine, start())).all())
+
+
+@pytest.mark.parametrize(
+    ("solver_type", "predict_x0"), [("bh1", True), ("bh1", False), ("bh2", False)]
+)
+def test_unipc_is_finite_at_sigma_zero(solver_type: str, predict_x0: bool) -> None:
+    """The default end of the original, where it gives NaN."""
+    config = {"solver_type": solver_type, "predict_x0": predict_x0, "solver_order": 3}
+    theirs = run(scheduled(original("UniPCMultistepScheduler", **config)), start())
+    assert bool(theirs.isnan().any())  # or this test says nothing
+    for lower in (True, False):
+        mine = scheduled(ours("UniPCMultistepScheduler", **config, lower_order_final=lower))
+        before = run(mine, start(), mine.timesteps[:-1])
+        t = mine.timesteps[-1]
+        assert bool(mine.step(denoise(before, t), t, before).prev_sample.isfinite().all())
+
+
+def test_dynamic_thresholding_is_dynamic() -> None:
+    """The threshold of each sample is its own quantile; diffusers' default clamps to [-1, 1]."""
+    x = torch.stack([0.5 * torch.ones(3, 4, 4), 3 * torch.rand(3, 4, 4)])
+    config = {"thresholding": True, "prediction_type": "sample", "solver_order": 1}
+    results = {}
+    for match in (True, False):
+        scheduler = ours("DPMSolverMultistepScheduler", **config, match_diffusers=match)
+        scheduled(scheduler, 1)
+        results[match] = scheduler.step(x, scheduler.timesteps[0], x).prev_sample
+    assert_close(results[True], x.clamp(-1, 1), 1e-6)
+    s = torch.quantile(x[1].flatten(), 0.995)
+    assert_close(results[False], torch.stack([x[0], x[1].clamp(-s, s) / s]), 1e-6)
+    with pytest.raises(ValueError, match="sample_max_value must be at least 1"):
+        ours("DPMSolverMultistepScheduler", thresholding=True, sample_max_value=0.5).set_timesteps(
+            4
+        )
+
+
+def test_dpm_solver_of_order_3_is_of_order_3() -> None:
+    """It is then UniP-3, another derivation of the one exact method in log-SNR."""
+    settings = {"solver_order": 3, "lower_order_final": False, "final_sigmas_type": "sigma_min"}
+    unip = ours("UniPCMultistepScheduler", **settings, disable_corrector=list(range(30)))
+    heun = {"solver_type": "heun", **settings}
+    mine, shipped = (
+        ours("DPMSolverMultistepScheduler", **heun, match_diffusers=match)
+        for match in (False, True)
+    )
+    # the warm-up step of order 2 is the published shortcut in UniP: from the third step on
+    results = []
+    for scheduler in (unip, mine, shipped):
+        scheduled(scheduler, 30)
+        for seed, t in enumerate(scheduler.timesteps[:4]):
+            moved = scheduler.step(start(seed=seed), t, start(seed=9)).prev_sample
+        results.append(moved)
+    assert_close(results[1], results[0], 1e-9)
+    assert rel_rms(results[2], results[0]) > 1e-5
+
+
+def test_sde_of_order_3() -> None:
+    """The weight of the second difference vanishes with the step, as diffusers' does not."""
+    config = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "lower_order_final": False}
+    config["final_sigmas_type"] = "sigma_min"
+    second = scheduled(ours("DPMSolverMultistepScheduler", **config | {"solver_order": 2}), 400)
+    x, away = start(), {}
+    expected = _fourth_step(second)
+    for match in (False, True):
+        third = ours("DPMSolverMultistepScheduler", **config, match_diffusers=match)
+        away[match] = rel_rms(_fourth_step(scheduled(third, 400)), expected)
+    assert away[False] < 0.1 * away[True], away
+    algorithm = config | {"algorithm_type": "sde-dpmsolver"}  # the original raises
+    assert bool(torch.isfinite(run(scheduled(ours(SCHEDULERS[1], **algorithm)), x)).all())
+
+
+def _fourth_step(scheduler: Any) -> Tensor:
+    """A step of full order in the middle, from outputs that a parabola does not describe."""
+    scheduler.set_begin_index(200)
+    for seed, t in enumerate(scheduler.timesteps[200:204]):
+        moved = scheduler.step(
+            start(seed=seed), t, start(seed=9), variance_noise=torch.zeros_like(start())
+        ).prev_sample
+    return moved
+
+
+def test_many_steps_do_not_cancel() -> None:
+    """Coefficients are float64's: 500 steps in float32 stay where float64 is, diffusers' do not."""
+    config, x = {"solver_order": 3}, start(torch.float32)
+    exact = run_wide("DEISMultistepScheduler", x, 500, **config)
+    mine = rel_rms(run(scheduled(ours("DEISMultistepScheduler", **config), 500), x), exact)
+    theirs = rel_rms(run(scheduled(original("DEISMultistepScheduler", **config), 500), x), exact)
+    assert mine < 1e-4 < theirs, (mine, theirs)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_equal_steps_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"sigma \d+ and sigma \d+ of the schedule are both"):
+        ours(name).set_timesteps(1000)
+
+
+# State
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_runs_leave_nothing_behind(name: str) -> None:
+    scheduler, x = scheduled(ours(name, solver_order=3)), start()
+    expected = run(scheduler, x)
+    with pytest.raises(ValueError, match="call set_timesteps before the next run"):
+        scheduler.step(x, scheduler.timesteps[0], x)
+    scheduled(scheduler)
+    run(scheduler, 5 * x, scheduler.timesteps[:5])  # a run that is given up
+    assert run(scheduled(scheduler), x).equal(expected)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_instances_share_nothing(name: str) -> None:
+    expected = run(scheduled(ours(name, solver_order=3)), start())
+    one, other = (scheduled(ours(name, solver_order=3)) for _ in range(2))
+    x, y = start(), start(seed=1)
+    for t in one.timesteps:
+        x = one.step(denoise(x, t), t, x).prev_sample
+        y = other.step(denoise(y, t), t, y).prev_sample
+    assert x.equal(expected)
+    if name.startswith("UniPC"):
+        one.disable_corrector.append(3)
+        assert other.disable_corrector == ours(name).disable_corrector == []
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_schedule_yet(name: str) -> None:
+    with pytest.raises(ValueError, match="call set_timesteps before step"):
+        ours(name).step(start(), 1, start())
+
+
+@pytest.mark.parametrize("begin", ["index", "timestep"])
+@pytest.mark.parametrize("steps", [10, 20])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_from_the_middle(name: str, steps: int, begin: str) -> None:
+    """As image-to-image pipelines do: noise of a later time, and no history there."""
+    results = []
+    for scheduler in (original(name, solver_order=3), ours(name, solver_order=3)):
+        scheduled(scheduler, steps)
+        timesteps = scheduler.timesteps[4:]
+        if begin == "index":
+            scheduler.set_begin_index(4)
+        x, noise = start(torch.float32), start(torch.float32, 1)
+        x = scheduler.add_noise(x, noise, timesteps[:1].repeat(2))
+        first = scheduler.step(denoise(x, timesteps[0]), timesteps[0], x).prev_sample
+        again = scheduler.add_noise(x, noise, timesteps[1:2].repeat(2))  # as inpainting does
+        results.append((x, first, again, scheduler.begin_index, scheduler.step_index))
+    for a, e in zip(results[1], results[0], strict=True):
+        if isinstance(a, Tensor):
+            assert_close(a, e, SINGLE)
+        else:
+            assert a == e
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_whole_runs_from_the_middle(name: str) -> None:
+    results = []
+    for make, match in ((original, {}), (ours, {"match_diffusers": True})):
+        scheduler = scheduled(make(name, solver_order=3, **match), 20)
+        scheduler.set_begin_index(6)
+        results.append(run(scheduler, start(torch.float32), scheduler.timesteps[6:]))
+    assert_close(results[1], results[0], SINGLE)
+
+
+# Configurations
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_configurations_go_both_ways(name: str, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "thresholding": True}
+    config |= {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+    theirs = original(name, **config)
+    mine = type(ours(name)).from_config(theirs.config)
+    assert mine.config.match_diffusers is False
+    for key, value in theirs.config.items():
+        if not key.startswith("_"):
+            assert mine.config[key] == value, key
+    back = type(theirs).from_config(mine.config)
+    assert {k: v for k, v in back.config.items() if not k.startswith("_")} | {
+        "match_diffusers": False
+    } == {k: v for k, v in mine.config.items() if not k.startswith("_")}
+
+    ours(name, **config, match_diffusers=True).save_pretrained(tmp_path / "mine")
+    loaded = type(mine).from_pretrained(tmp_path / "mine")
+    assert loaded.config.match_diffusers is True and loaded.config.beta_end == 0.012
+    assert type(theirs).from_pretrained(tmp_path / "mine").config.beta_end == 0.012
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert type(mine).from_pretrained(tmp_path / "theirs").config.prediction_type == "v_prediction"
+    assert type(mine).from_config(theirs.config, match_diffusers=True).config.match_diffusers
+    assert mine._compatibles == theirs._compatibles
+    assert set(mine.compatibles) == set(theirs.compatibles)
+    assert mine.order == theirs.order and mine.init_noise_sigma == theirs.init_noise_sigma
+    assert len(mine) == len(theirs)
+
+
+def test_defaults_of_another_scheduler_are_not_taken() -> None:
+    """A default of the original is ours too, not a choice: as between diffusers' schedulers."""
+    config = original("UniPCMultistepScheduler").config
+    assert config.solver_type == "bh2"
+    assert ours("DEISMultistepScheduler").from_config(config).config.solver_type == "logrho"
+
+
+def test_positional_arguments() -> None:
+    scheduler = type(ours("DEISMultistepScheduler"))(500, 0.001)
+    assert scheduler.config.num_train_timesteps == 500 and scheduler.config.beta_start == 0.001
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_unknown_predictions_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match="prediction_type must be one of epsilon, sample"):
+        ours(name, prediction_type="score").set_timesteps(4)
+    with pytest.raises(ValueError, match="prediction_type must be one of epsilon, sample"):
+        ours("DDIMScheduler", prediction_type="flow_prediction").set_timesteps(4)
+
+
+def test_scale_model_input_and_tuples() -> None:
+    for name in ALL:
+        scheduler, x = scheduled(ours(name)), start()
+        assert scheduler.scale_model_input(x, 3) is x
+        found = scheduler.step(x, scheduler.timesteps[0], x, return_dict=False)
+        assert isinstance(found, tuple) and len(found) == 1 + (name == "DDIMScheduler")
+
+
+# Schedules of one's own
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_own_timesteps(name: str) -> None:
+    usual, own = (scheduled(ours(name, solver_order=3)) for _ in range(2))
+    own.set_timesteps(timesteps=usual.timesteps.tolist())
+    assert own.timesteps.equal(usual.timesteps) and own.sigmas.equal(usual.sigmas)
+    assert own.num_inference_steps == 8
+    assert run(own, start()).equal(run(usual, start()))
+    uneven = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
+    own.set_timesteps(timesteps=uneven)
+    assert own.timesteps.tolist() == uneven
+    if name.startswith("DPM"):
+        theirs = original(name, solver_order=3)
+        theirs.set_timesteps(timesteps=uneven)
+        assert own.sigmas.equal(theirs.sigmas)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_own_sigmas(name: str) -> None:
+    """Align-your-steps sigmas, with their final 0 and without."""
+    sigmas = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152]
+    scheduler = ours(
+        name, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, solver_order=3
+    )
+    for given in ([*sigmas, 0.0], sigmas):
+        scheduler.set_timesteps(sigmas=given)
+        assert_close(scheduler.sigmas, torch.tensor([*sigmas, 0.0]), 1e-7)
+        assert scheduler.timesteps.tolist()[:3] == [999, 850, 736]
+        assert bool(torch.isfinite(run(scheduler, start())).all())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_own_sigmas_of_a_flow(name: str, dynamic: bool) -> None:
+    """As Flux calls it: sigmas from 1, shifted by mu; the schedule is that of diffusers' UniPC."""
+    given = torch.linspace(1, 0.1, 10).tolist()
+    config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    config["use_dynamic_shifting"] = dynamic
+    mu = {"mu": 0.8} if dynamic else {}
+    expected = original("UniPCMultistepScheduler", **config)
+    expected.set_timesteps(sigmas=np.array(given), **mu)
+    scheduler = ours(name, **config, solver_order=3)
+    scheduler.set_timesteps(sigmas=given, **mu)
+    assert_close(scheduler.sigmas, expected.sigmas, 1e-6)
+    assert bool((scheduler.timesteps - expected.timesteps).abs().max() <= 1)
+    assert scheduler.config.flow_shift == 3.0
+    # the exact flow of one point: straight lines, whatever the solver
+    x1, x0 = start(torch.float32), start(torch.float32, 1)
+    x = x1
+    for t in scheduler.timesteps:
+        x = scheduler.step(x1 - x0, t, x).prev_sample
+    assert_close(x, x0, 1e-4)
+
+
+def test_mu_does_not_stay() -> None:
+    config = {"use_flow_sigmas": True, "use_dynamic_shifting": True}
+    scheduler = scheduled(ours("DEISMultistepScheduler", **config), 8)
+    expected = scheduler.sigmas.clone()
+    assert not scheduled(scheduler, 8, mu=1.5).sigmas.equal(expected)
+    assert scheduled(scheduler, 8).sigmas.equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give num_inference_steps, timesteps or sigmas"),
+        ({"timesteps": [9, 5], "sigmas": [2.0, 1.0]}, "give timesteps or sigmas, not both"),
+        ({"num_inference_steps": 2, "timesteps": [9, 5]}, "only one of them"),
+        ({"num_inference_steps": 3, "sigmas": [2.0, 1.0]}, "only one of them"),
+        ({"timesteps": [9, 9, 5]}, "sigma 0 is .*, sigma 1 is"),
+        ({"sigmas": [3.0, 1.0, 2.0]}, "sigma 1 is 1, sigma 2 is 2"),
+        ({"sigmas": []}, "must be a list of numbers"),
+    ],
+)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_bad_schedules(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ours(name).set_timesteps(**options)
+
+
+def test_own_schedule_and_configured_sigmas_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="exclude use_karras_sigmas=True"):
+        ours("DEISMultistepScheduler", use_karras_sigmas=True).set_timesteps(timesteps=[9, 5])
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients(name: str) -> None:
+    """Of the sample and of each model output, through steps with history."""
+    config = {"solver_order": 3} if name in SCHEDULERS else {"clip_sample": False}
+
+    def steps(x: Tensor, *outputs: Tensor) -> Tensor:
+        scheduler = scheduled(ours(name, **config), 12)
+        for m, t in zip(outputs, scheduler.timesteps, strict=False):
+            x = scheduler.step(m, t, x, return_dict=False)[0]
+        return x
+
+    inputs = [torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(5)]
+    assert torch.autograd.gradcheck(steps, inputs)
+
+
+# Pipelines
+
+
+def _unet() -> Any:
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()
+
+
+def _images(pipeline: Any, **options: Any) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    images = pipeline(
+        batch_size=2, num_inference_steps=6, generator=generator, output_type="np", **options
+    ).images
+    return torch.from_numpy(images)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_pipeline(eta: float) -> None:
+    pipeline = diffusers.DDIMPipeline(_unet(), original("DDIMScheduler"))
+    expected = _images(pipeline, eta=eta)
+    pipeline.scheduler = ours("DDIMScheduler").from_config(pipeline.scheduler.config)
+    assert_close(_images(pipeline, eta=eta), expected, 1e-4)
+    assert expected.std() > 0.01
+
+
+def test_ddpm_pipeline_swaps_in_five_lines(tmp_path: Path) -> None:
+    """README's example; then the pipeline is saved and loaded with its scheduler."""
+    pipeline = diffusers.DDPMPipeline(_unet(), original("DPMSolverMultistepScheduler"))
+    expected = _images(pipeline)
+
+    from dsno_kernels.integrations.diffusers import FusedDPMSolverMultistepScheduler
+
+    pipeline.scheduler = FusedDPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    assert_close(_images(pipeline), expected, 1e-4)
+    pipeline.save_pretrained(tmp_path)
+    loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is FusedDPMSolverMultistepScheduler
+    assert_close(_images(loaded), expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_latent_pipeline_with_guidance(name: str) -> None:
+    """DiTPipeline: classifier-free guidance over latents."""
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        patch_size=4,
+        num_embeds_ada_norm=1000,
+        norm_num_groups=1,
+    ).eval()
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).eval()
+    pipeline = diffusers.DiTPipeline(transformer, vae, original(name, solver_order=2))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def images() -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        found = pipeline([1, 2], generator=generator, num_inference_steps=5, output_type="np")
+        return torch.from_numpy(found.images)
+
+    expected = images()
+    pipeline.scheduler = type(ours(name)).from_config(pipeline.scheduler.config)
+    assert_close(images(), expected, 1e-4)
+    assert expected.std() > 0.01
+
+
+# Without diffusers
+
+
+def test_without_diffusers_one_sentence_says_so() -> None:
+    code = (
+        "import sys; sys.modules['diffusers'] = None\n"
+        "import dsno_kernels, dsno_kernels.integrations as integrations\n"
+        "integrations.diffusers"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 1
+    assert "ImportError: dsno_kernels.integrations.diffusers needs diffusers" in found.stderr
+
+
+def test_importing_the_library_leaves_diffusers_alone() -> None:
+    code = (
+        "import sys, dsno_kernels, dsno_kernels.integrations\nassert 'diffusers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

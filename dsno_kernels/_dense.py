@@ -22,6 +22,13 @@ def output_like(x: Tensor, dtype: torch.dtype, per_sample: bool = False) -> Tens
     return y if not per_sample or batch_outermost(y) else x.new_empty(x.shape, dtype=dtype)
 
 
+def dense_strides(x: Tensor, per_sample: bool = False) -> tuple[int, ...]:
+    """The strides of `output_like(x)`."""
+    if x.is_contiguous():
+        return x.stride()
+    return output_like(torch.empty_like(x, device="meta"), x.dtype, per_sample).stride()
+
+
 def batch_outermost(y: Tensor) -> bool:
     """Whether each sample of a dense tensor is one stretch of memory."""
     return y.shape[0] == 1 or y.stride(0) * y.shape[0] == y.numel()
@@ -33,18 +40,29 @@ def is_dense(x: Tensor, per_sample: bool = False) -> bool:
     return same_layout(x, layout) and (not per_sample or batch_outermost(x))
 
 
+def has_strides(x: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether x has these strides, but for those of axes of size 1."""
+    own = x.stride()
+    return own == strides or all(
+        size == 1 or s == t for size, s, t in zip(x.shape, own, strides, strict=True)
+    )
+
+
 def same_layout(x: Tensor, y: Tensor) -> bool:
-    """Whether tensors of one shape have the same strides, but for those of axes of size 1."""
-    a, b = x.stride(), y.stride()
-    return a == b or all(size == 1 or s == t for size, s, t in zip(x.shape, a, b, strict=True))
+    """Whether tensors of one shape lie in memory alike."""
+    return has_strides(x, y.stride())
+
+
+def in_order(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """x itself where it lies in memory with these strides, else a copy that does."""
+    if has_strides(x, strides):
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def laid_out_like(x: Tensor, y: Tensor) -> Tensor:
     """x itself where it lies in memory as y does, else a copy that does."""
-    if same_layout(x, y):
-        return x
-    copy = torch.empty_strided(y.shape, y.stride(), dtype=x.dtype, device=x.device)
-    return copy.copy_(x)
+    return in_order(x, y.stride())
 
 
 def untangled(tensors: Sequence[Tensor | None], out: Tensor) -> list[Tensor | None]:

@@ -35,23 +35,40 @@ def _pairs(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
     return tuple(flat)
 
 
-def _rows(coefficients: Tensor | None, index: Tensor | None) -> tuple[tuple[int, ...], object]:
-    """Where the kernels find the rows, and what must stay alive meanwhile."""
+def _pairs_in_order(
+    tensors: Sequence[Tensor | None], strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], list[Tensor]]:
+    """The pairs of tensors with these strides, and the copies that must stay alive."""
+    flat: list[int] = []
+    copies: list[Tensor] = []
+    for x in tensors:
+        if x is None:
+            flat += (0, 0)
+            continue
+        if x.stride() != strides:
+            x = _dense.in_order(x, strides)
+            copies.append(x)
+        flat += (x.data_ptr(), _DTYPES[x.dtype])
+    return tuple(flat), copies
+
+
+def _rows(
+    coefficients: Tensor | None, index: Tensor | None, values: Sequence[float]
+) -> tuple[tuple[int, ...], tuple[float, ...], object]:
+    """Where the kernels find the rows, or the one row as numbers; and what must stay alive."""
     if coefficients is None:
-        return (), None
+        return (), tuple(values), None
+    if coefficients.ndim == 1:
+        return (), tuple(coefficients.tolist()), None
     if coefficients.dtype not in (torch.float32, torch.float64):
         coefficients = coefficients.to(torch.float32)
-    if coefficients.ndim == 2:
-        stride_row, stride_column = coefficients.stride()
-    else:
-        stride_row, stride_column = 0, coefficients.stride(0)
     address = stride_index = 0
     if index is not None:
         index = index.to(torch.int64)
         address, stride_index = index.data_ptr(), index.stride(0) if index.ndim else 0
     dtype = 0 if coefficients.dtype == torch.float32 else 3
-    where = (coefficients.data_ptr(), dtype, stride_row, stride_column, address, stride_index)
-    return where, (coefficients, index)
+    where = (coefficients.data_ptr(), dtype, *coefficients.stride(), address, stride_index)
+    return where, (), (coefficients, index)
 
 
 def _per_sample(coefficients: Tensor | None, index: Tensor | None) -> bool:
@@ -89,16 +106,16 @@ def exp_step(
     y = out
     if y is None:
         y = _dense.output_like(tensors[0], _kernel_dtype(out_dtype), per_sample)
-    tensors = [_dense.laid_out_like(x, y) for x in tensors]
-    where, _alive = _rows(coefficients, index)
+    terms, _copies = _pairs_in_order(tensors, y.stride())
+    where, row, _alive = _rows(coefficients, index, values)
     samples, elements = y.shape[0] if per_sample else 1, y.numel()
     _C.cpu_exp_step(
         samples,
         elements // samples,
-        _pairs(tensors),
+        terms,
         (y.data_ptr(), _DTYPES[y.dtype]),
         where,
-        tuple(values),
+        row,
         _threads(elements),
     )
     return y if y.dtype == out_dtype else y.to(out_dtype)
@@ -128,7 +145,7 @@ def exp_step_backward(
     by_column = dict(zip(columns, grads, strict=True))
     samples, elements = g.shape[0] if split else 1, g.numel()
     dots = torch.empty((samples, terms), dtype=torch.float64)
-    where, _alive = _rows(coefficients, index)
+    where, row, _alive = _rows(coefficients, index, values)
     _C.cpu_exp_step_backward(
         samples,
         elements // samples,
@@ -136,7 +153,7 @@ def exp_step_backward(
         _pairs(tensors),
         _pairs([by_column.get(j) for j in range(terms)]),
         where,
-        tuple(values),
+        row,
         dots.data_ptr() if tensors else 0,
         _threads(elements),
     )
@@ -175,29 +192,22 @@ def solver_step(
         or scale is not None
         or (guidance is not None and guidance.ndim == 1)
     )
-    layout = _dense.output_like(point, torch.float32, per_sample)
+    strides = _dense.dense_strides(point, per_sample)
     K = (len(values) if table is None else table.shape[-1]) // 2 - 3
-    entries = _newest_first(history, head)[: K - 1]
-
+    inputs = [point, output, unconditional, base, noise, *_newest_first(history, head)[: K - 1]]
+    entry = None
     if ring is not None:
-        slot = slot if head is None else (int(head) + 1) % ring.shape[0]
-    targets = (new_base, None, None if ring is None else ring[slot], None)
-    inputs = [point, output, unconditional, base, noise, *entries]
-    for target in targets:
+        entry = ring[slot if head is None else (int(head) + 1) % ring.shape[0]]
+    for target in (new_base, entry):
         if target is not None:
             inputs = _dense.untangled(inputs, target)
-    inputs = [None if x is None else _dense.laid_out_like(x, layout) for x in inputs]
-    outputs: list[Tensor | None] = []
-    for target, dtype in zip(targets, dtypes, strict=True):
-        dtype = dtype if target is None else target.dtype
-        if dtype is None:
-            outputs.append(None)
-        elif target is not None and dtype in _DTYPES and _dense.same_layout(target, layout):
-            outputs.append(target)
-        else:
-            kernel_dtype = _kernel_dtype(dtype)
-            outputs.append(torch.empty_strided(layout.shape, layout.stride(), dtype=kernel_dtype))
-    where, _alive = _rows(table, index)
+    pairs, _copies = _pairs_in_order(inputs, strides)
+    targets = (new_base, None, entry, None)
+    outputs = [
+        _result(point, strides, target, dtype)
+        for target, dtype in zip(targets, dtypes, strict=True)
+    ]
+    where, row, _alive = _rows(table, index, values)
     if guidance is None:
         guidance_where: tuple[int, ...] = ()
     else:
@@ -213,11 +223,11 @@ def solver_step(
         samples,
         elements // samples,
         K,
-        _pairs(inputs[:5]),
-        _pairs(inputs[5:]),
+        pairs[:10],
+        pairs[10:],
         _pairs(outputs),
         where,
-        tuple(values),
+        row,
         guidance_where,
         guidance_value,
         0 if scale is None else scale.data_ptr(),
@@ -231,9 +241,22 @@ def solver_step(
         if target is not None and x is not None and x is not target:
             target.copy_(x)
     return [
-        None if x is None or dtype is None else x.to(dtype)
+        None if x is None or dtype is None else x if x.dtype == dtype else x.to(dtype)
         for x, dtype in zip(outputs, dtypes, strict=True)
     ]
+
+
+def _result(
+    point: Tensor, strides: tuple[int, ...], target: Tensor | None, dtype: torch.dtype | None
+) -> Tensor | None:
+    """Where the kernel writes one result: the target itself where it can."""
+    if target is not None:
+        dtype = target.dtype
+        if dtype in _DTYPES and _dense.has_strides(target, strides):
+            return target
+    if dtype is None:
+        return None
+    return torch.empty_strided(point.shape, strides, dtype=_kernel_dtype(dtype))
 
 
 def abs_rank(x: Tensor, rank: int) -> Tensor:

@@ -23,8 +23,10 @@ _MASK = 0xFFFFFFFF
 
 def compute_dtype(tensors: Sequence[Tensor | None]) -> torch.dtype:
     """The dtype of the arithmetic: float64 where a tensor is float64, else float32."""
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
+    for x in tensors:
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def select_rows(table: Tensor, index: Tensor | None) -> Tensor:

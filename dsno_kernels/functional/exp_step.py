@@ -90,7 +90,7 @@ def exp_step(
     if out_dtype != x.dtype:
         raise ValueError(f"inplace=True writes into x ({x.dtype}); out_dtype is {out_dtype}")
     step_checks.in_place_target("x", x, [*tensors, table])
-    _step.in_place_op(x, tensors, table, values, index, head, ring, name)
+    _step.exp_step_(x, tensors, table, values, index, head, ring, name)
     return x
 
 
@@ -106,6 +106,5 @@ def _tensors(
     tensors = [x, *entries]
     if noise is not None:
         tensors.append(noise)
-    for i, tensor in enumerate(tensors[1:]):
-        step_checks.like(f"history[{i}]" if i < len(entries) else "noise", tensor, x)
+    step_checks.all_like((*step_checks.ENTRIES[: len(entries)], "noise"), tensors[1:], x)
     return tensors, head, len(entries) if head is not None else 0

@@ -14,6 +14,7 @@ from dsno_kernels.functional.dynamic_threshold import check_threshold
 from dsno_kernels.ops import solver_step as _step
 
 MAX_ORDER = 8
+_NAMES, _OPTIONAL = ("output", *step_checks.ENTRIES), ("unconditional", "base", "noise")
 
 
 class SolverStep(NamedTuple):
@@ -113,12 +114,8 @@ def solver_step(
     checks.real("point", point)
     name = checks.backend(backend)
     entries, ring_head = step_checks.history_entries(history, head, point)
-    given = {"output": output, "unconditional": unconditional, "base": base, "noise": noise}
-    for label, tensor in given.items():
-        if tensor is not None or label == "output":
-            step_checks.like(label, tensor, point)
-    for i, entry in enumerate(entries):
-        step_checks.like(f"history[{i}]", entry, point)
+    step_checks.all_like(_NAMES, (output, *entries), point)
+    step_checks.all_like(_OPTIONAL, (unconditional, base, noise), point, optional=True)
     if isinstance(table, Tensor):
         rows, index = step_checks.table_rows("table", table, index, point)
         values: list[float] = []
@@ -165,9 +162,18 @@ def solver_step(
         looks_ahead=bool(looks_ahead),
     )
     target = point if base is None else base
-    memory = _memory(step, history, head, target, store, inplace)
-    first = torch.promote_types(output.dtype, point.dtype)
-    entry_dtype = entry_dtype or (entries[0].dtype if entries else first)
+    memory = _step.Memory()
+    if store or inplace:
+        memory = _memory(step, history, head, target, store, inplace)
+    if entry_dtype is None:
+        entry_dtype = (
+            entries[0].dtype if entries else torch.promote_types(output.dtype, point.dtype)
+        )
+    for dtype in (entry_dtype, input_dtype):
+        if dtype is not None and dtype not in checks.REAL_DTYPES:
+            raise TypeError(
+                f"dtypes of results must be of {checks.names(checks.REAL_DTYPES)}, got {dtype}"
+            )
     separate = looks_ahead or point.dtype != target.dtype
     dtypes = [
         None if inplace else target.dtype,
@@ -175,11 +181,6 @@ def solver_step(
         entry_dtype if keep_entry and not store else None,
         input_dtype,
     ]
-    for dtype in dtypes:
-        if dtype is not None and dtype not in checks.REAL_DTYPES:
-            raise TypeError(
-                f"dtypes of results must be of {checks.names(checks.REAL_DTYPES)}, got {dtype}"
-            )
     results = _step.solver_step(step, threshold, memory, dtypes, name)
     new_base = target if results[0] is None else results[0]
     new_point = new_base if results[1] is None else results[1]

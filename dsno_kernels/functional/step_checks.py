@@ -12,6 +12,7 @@ from dsno_kernels.functional import checks
 from dsno_kernels.ops.exp_step import records_graph
 
 MAX_HISTORY = 8
+ENTRIES = tuple(f"history[{i}]" for i in range(MAX_HISTORY))
 _REAL = frozenset(checks.REAL_DTYPES)
 
 
@@ -99,7 +100,7 @@ def table_rows(
         checks.integer("index", index)
         if not 0 <= index < table.shape[0]:
             raise ValueError(f"index {index} is out of range for a table of {table.shape[0]} rows")
-        return table[index], None
+        return table.select(0, index), None
     integer_tensor("index", index, x)
     if index.ndim and (index.ndim > 1 or x.ndim == 0 or index.shape[0] != x.shape[0]):
         raise ValueError(
@@ -109,25 +110,29 @@ def table_rows(
     return table, index
 
 
-def like(name: str, value: object, x: Tensor) -> None:
-    """Refuse what is no real tensor of the shape and on the device of x."""
-    # One test for the usual case; those below say what is wrong.
-    if (
-        isinstance(value, Tensor)
-        and value.shape == x.shape
-        and value.device == x.device
-        and value.dtype in _REAL
-        and value.layout == torch.strided
-    ):
-        return
-    checks.tensor(name, value)
-    assert isinstance(value, Tensor)
-    checks.real(name, value)
-    if value.shape != x.shape:
-        raise ValueError(
-            f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}"
-        )
-    checks.same_device({"x": x, name: value})
+def all_like(
+    names: Sequence[str], values: Sequence[Tensor | None], x: Tensor, optional: bool = False
+) -> None:
+    """Refuse what is no real tensor of the shape and on the device of x; None where `optional`."""
+    shape, device = x.shape, x.device
+    for i, value in enumerate(values):
+        if (value is None and optional) or (
+            isinstance(value, Tensor)
+            and value.dtype in _REAL
+            and value.layout == torch.strided
+            and value.shape == shape
+            and value.device == device
+        ):
+            continue
+        name = names[i]
+        checks.tensor(name, value)
+        assert value is not None
+        checks.real(name, value)
+        if value.shape != shape:
+            raise ValueError(
+                f"{name} must have the shape of x, {tuple(shape)}, got {tuple(value.shape)}"
+            )
+        checks.same_device({"x": x, name: value})
 
 
 def integer_tensor(name: str, value: Tensor, x: Tensor) -> None:

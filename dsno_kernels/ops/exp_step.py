@@ -21,6 +21,7 @@ from torch import Tensor
 from dsno_kernels import _dense
 from dsno_kernels.backends import Request, reference, reference_steps, select
 from dsno_kernels.ops import define, on_reference, under_transform
+from dsno_kernels.ops._direct import runs_directly
 
 
 def per_sample(coefficients: Tensor | None, index: Tensor | None) -> bool:
@@ -138,6 +139,37 @@ in_place_op = define(
 )
 
 
+def _call(
+    tensors: list[Tensor],
+    coefficients: Tensor | None,
+    values: list[float],
+    index: Tensor | None,
+    head: Tensor | None,
+    ring: int,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """The op, directly where that is the same."""
+    call = _run if runs_directly([*tensors, coefficients, index, head]) else op
+    return call(tensors, coefficients, values, index, head, ring, out_dtype, backend)
+
+
+def exp_step_(
+    x: Tensor,
+    tensors: list[Tensor],
+    coefficients: Tensor | None,
+    values: list[float],
+    index: Tensor | None,
+    head: Tensor | None,
+    ring: int,
+    backend: str,
+) -> None:
+    """The op that writes into x, directly where that is the same."""
+    direct = runs_directly([*tensors, coefficients, index, head])
+    call = _run_in_place if direct and not under_transform() else in_place_op
+    call(x, tensors, coefficients, values, index, head, ring, backend)
+
+
 def _run_backward(
     g: Tensor,
     tensors: list[Tensor],
@@ -216,7 +248,7 @@ class ExpStepFunction(torch.autograd.Function):
         ctx.save_for_backward(coefficients, index, *kept)
         ctx.values, ctx.backend = values, backend
         ctx.dtypes = [t.dtype for t in tensors]
-        return op(list(tensors), coefficients, values, index, None, 0, out_dtype, backend)
+        return _call(list(tensors), coefficients, values, index, None, 0, out_dtype, backend)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -297,7 +329,11 @@ def in_slot_order(rows: Tensor, head: Tensor, ring: int) -> Tensor:
 
 def records_graph(tensors: Sequence[Tensor | None]) -> bool:
     """Whether autograd must see this call."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def _distinct(tensors: list[Tensor]) -> list[Tensor]:
@@ -334,7 +370,7 @@ def differentiable_exp_step(
             out_dtype=out_dtype,
         )
     if not records_graph([coefficients, *tensors]):
-        return op(tensors, coefficients, values, index, head, ring, out_dtype, backend)
+        return _call(tensors, coefficients, values, index, head, ring, out_dtype, backend)
     if head is not None:
         if coefficients is None:
             dtype = reference_steps.compute_dtype(tensors)

@@ -16,6 +16,7 @@ from torch import Tensor
 from dsno_kernels import _dense
 from dsno_kernels.backends import Request, reference, reference_steps, select
 from dsno_kernels.ops import define, on_reference, under_transform
+from dsno_kernels.ops._direct import runs_directly
 from dsno_kernels.ops.dynamic_threshold import divide_by_scale, threshold_scale
 from dsno_kernels.ops.exp_step import check_index, differentiable_exp_step, records_graph
 from dsno_kernels.ops.exp_step import per_sample as rows_per_sample
@@ -102,12 +103,19 @@ def _check_rows(step: Step) -> None:
 def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     step, memory, (codes, backend) = Step(*args[:17]), Memory(*args[17:20]), args[20:]
     dtypes = [None if code < 0 else _dense.DTYPES[code] for code in codes]
+    found = _run_step(step, memory, dtypes, backend)
+    return tuple(step.point.new_empty(0) if new is None else new for new in found)  # type: ignore[return-value]
+
+
+def _run_step(
+    step: Step, memory: Memory, dtypes: Sequence[torch.dtype | None], backend: str
+) -> Results:
     _check_rows(step)
     if step.point.numel() == 0:
-        return _empty(step, dtypes)
+        return list(_empty(step, dtypes))
     dtype = reference_steps.compute_dtype(step.tensors)
     module = select(backend, Request("solver_step", step.point.device, dtype))
-    found = module.solver_step(
+    found: Results = module.solver_step(
         **step.named,
         dtypes=dtypes,
         new_base=memory.base,
@@ -120,7 +128,7 @@ def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if module is reference:
         layout = _dense.output_like(step.point, step.point.dtype, step.per_sample)
         found = [new if new is None else _dense.laid_out_like(new, layout) for new in found]
-    return tuple(step.point.new_empty(0) if new is None else new for new in found)  # type: ignore[return-value]
+    return found
 
 
 def _empty(
@@ -175,9 +183,15 @@ def solver_step(
 def _fused(
     step: Step, memory: Memory, dtypes: Sequence[torch.dtype | None], backend: str
 ) -> Results:
-    codes = [-1 if dtype is None else _dense.DTYPES.index(dtype) for dtype in dtypes]
-    results = op(*step.named.values(), *memory, codes, backend)
-    return [new if code >= 0 else None for new, code in zip(results, codes, strict=True)]
+    """The op, directly where that is the same."""
+    found: Sequence[Tensor | None]
+    small = (step.table, step.index, step.guidance, step.head, step.scale, step.seed)
+    if runs_directly([*step.tensors, *small, memory.ring]):
+        found = _run_step(step, memory, dtypes, backend)
+    else:
+        codes = [-1 if dtype is None else _dense.DTYPES.index(dtype) for dtype in dtypes]
+        found = op(*step.named.values(), *memory, codes, backend)
+    return [new if kept else None for new, kept in zip(found, dtypes, strict=True)]
 
 
 def _composed(

@@ -1,0 +1,30 @@
+"""Whether an op may run without the dispatcher, which costs more time than a small step does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def runs_directly(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether nothing has to see the op: no compiler, mode, tracer or profiler is at work, and each
+    tensor is memory as it stands (no subclass, no pending negation, no symbolic zero).
+
+    Transforms of torch.func are looked for elsewhere (`under_transform`).
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    for x in tensors:
+        if x is not None and (type(x) not in _PLAIN or x.is_neg() or x._is_zerotensor()):
+            return False
+    return True

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -300,3 +302,114 @@ def test_other_memory_orders_and_no_write_into_the_input() -> None:
     expanded = x[:1, :1].expand(2, 3, 4, 5)
     ours = diffusion.sample(lambda x, t: torch.tanh(x), expanded, plan)
     assert_close(ours, plan.replay(lambda x, t: torch.tanh(x), expanded), FLOAT64)
+
+
+def good(x: Tensor, t: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+PLAN = SolverPlan.build(VP, time_grid(VP, 5), "tab2")
+X = torch.zeros(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "error", "text"),
+    [
+        (lambda x, t: x[:1], ValueError, r"returns at row 0 of the plan must have the shape"),
+        (lambda x, t: x.to("meta"), ValueError, r"\(2, 3, 4\) on cpu, got \(2, 3, 4\) on meta"),
+        (lambda x, t: x.long(), TypeError, r"returns at row 0 of the plan must be real floating"),
+        (lambda x, t: (x,), TypeError, r"row 0 of the plan must be a torch.Tensor, got tuple"),
+        (lambda x, t: x.add_(1), ValueError, "changed its input in place at row 0"),
+        (
+            lambda x, t: torch.full_like(x, torch.inf if t < 0.5 else 1.0),
+            ValueError,
+            "NaN or infinity at row 3 of the plan, t = 0.4006",
+        ),
+        (None, TypeError, "denoiser must be callable, got NoneType"),
+    ],
+    ids=["shape", "device", "dtype", "tuple", "in_place", "infinity", "none"],
+)
+def test_denoisers_that_are_refused(
+    denoiser: Callable[..., Tensor], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        diffusion.sample(denoiser, X + 0, PLAN)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"x_T": X.long()}, TypeError, "x_T must be real floating point"),
+        ({"plan": PLAN.table}, TypeError, "plan must be a SolverPlan, got Tensor"),
+        ({"model_dtype": torch.int64}, TypeError, "model_dtype must be one of"),
+        ({"guidance": 2.0}, ValueError, "unconditional and guidance come together"),
+        ({"clip": (-1, 1)}, ValueError, "act on x0, but the plan combines eps"),
+        ({"frames": []}, ValueError, "at least one time, got none"),
+        ({"frames": [6]}, ValueError, r"frame 6 is not a position in the grid, 0..5"),
+        ({"frames": [0.51]}, ValueError, "0.51 is not in the grid of the plan; the nearest is 0.6"),
+        ({"frames": [float("nan")]}, ValueError, "frame time nan is not in the grid"),
+        ({"frames": [0], "x_T": X[0, 0, 0]}, ValueError, "frames need an x_T with a batch axis"),
+        ({"recompute": True, "progress": True}, ValueError, "takes no callback and no progress"),
+        ({"history": [X]}, ValueError, "starts from 0 history entries, got 1"),
+        ({"noise": lambda i: X[:1], "plan": "sde"}, ValueError, r"noise must have the shape"),
+        ({"history": [X[:1]], "plan": "seeded"}, ValueError, r"history\[0\] must have the shape"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_refused(
+    options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    plans = {
+        "sde": SolverPlan.build(VP, PLAN.grid, "sde_dpmpp_1"),
+        "seeded": SolverPlan.build(VP, PLAN.grid[1:], "tab1", start=PLAN.grid[:1]),
+    }
+    plan = options.pop("plan", PLAN)
+    plan = plans[plan] if isinstance(plan, str) else plan
+    x_T = options.pop("x_T", X)
+    with pytest.raises(error, match=text):
+        diffusion.sample(good, x_T, plan, **options)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "unconditional"),
+    [
+        ({"label": torch.zeros(3)}, {"label": torch.zeros(2)}),
+        ({"label": torch.zeros(2)}, {}),
+        ({"label": 1}, {"label": 2}),
+        ({"label": torch.tensor(1.0)}, {"label": torch.tensor(2.0)}),
+    ],
+    ids=["batch", "missing", "number", "scalar"],
+)
+def test_guidance_in_one_call_needs_arguments_that_fit(
+    kwargs: dict[str, Any], unconditional: dict[str, Any]
+) -> None:
+    def model(x: Tensor, t: Tensor, label: float | Tensor = 0.0) -> Tensor:
+        return torch.tanh(x + torch.as_tensor(label).sum())
+
+    options = {"kwargs": kwargs, "unconditional": unconditional, "guidance": 2.0}
+    with pytest.raises(ValueError, match="argument 'label' of the denoiser cannot serve"):
+        diffusion.sample(model, X, PLAN, **options)
+    assert diffusion.sample(model, X, PLAN, split_guidance=True, **options).isfinite().all()
+
+
+def test_checks_for_finite_values_can_be_left_out() -> None:
+    bad = diffusion.sample(lambda x, t: x * torch.nan, X, PLAN, check_finite=False)
+    assert bad.isnan().all()
+
+
+def test_progress_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    diffusion.sample(good, X, PLAN, progress=True)
+    assert "5/5" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ImportError, match="pip install tqdm"):
+        diffusion.sample(good, X, PLAN, progress=True)
+
+
+def test_frames_without_a_graph_are_time_outermost_in_memory() -> None:
+    x = torch.randn(2, 3, 4, dtype=torch.bfloat16)
+    with torch.no_grad():
+        frames = diffusion.sample(good, x, PLAN, frames=[0, 2, 5, 2])
+        final = diffusion.sample(good, x, PLAN)
+    assert frames.dtype == torch.bfloat16 and frames.transpose(0, 1).is_contiguous()
+    assert torch.equal(frames[:, 0], x) and torch.equal(frames[:, 2], final)
+    assert torch.equal(frames[:, 1], frames[:, 3]) and not torch.equal(frames[:, 1], final)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dsno_kernels import diffusion
 from dsno_kernels.diffusion import EDM, SolverPlan, VPLinear
+from dsno_kernels.diffusion._rows import SEGMENTS
 from tests.helpers import assert_close
 
 VP = VPLinear()
@@ -94,3 +95,90 @@ def test_gradients_are_those_of_replay_also_recomputed(name: str) -> None:
         )
         for grad, wanted in zip(ours, expected, strict=True):
             assert_close(grad, wanted, FLOAT64)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_frames_have_gradients(recompute: bool) -> None:
+    plan = SolverPlan.build(VP, torch.linspace(0.9, 0.1, 21, dtype=torch.float64), "dpmpp_2m")
+    network, x = Network(), torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(3, 5, dtype=torch.float64)
+
+    def gradient(frames: Tensor) -> Tensor:
+        return torch.autograd.grad((frames * weights).sum(), x)[0]
+
+    frames = diffusion.sample(network, x, plan, frames=[20, 0, 7, 7], recompute=recompute)
+    assert frames.shape == (3, 4, 5)
+    assert_close(gradient(frames[:, 1]), weights, 0.0)
+    frames = diffusion.sample(network, x, plan, frames=[20, 0, 7, 7], recompute=recompute)
+    part = SolverPlan.build(VP, plan.grid[:8], "dpmpp_2m")
+    at_7, at_20 = part.replay(network, x), plan.replay(network, x)
+    expected = torch.stack([at_20, x, at_7, at_7], 1)
+    assert_close(frames, expected, 1e-13)
+    weights = torch.randn(3, 4, 5, dtype=torch.float64)
+    assert_close(gradient(frames), gradient(expected), FLOAT64)
+
+
+def test_dropout_is_the_same_when_recomputed() -> None:
+    plan = SolverPlan.build(VP, torch.linspace(0.9, 0.1, 12, dtype=torch.float64), "tab1")
+    network = Network()
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(5)
+        x = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
+
+        def model(x: Tensor, t: Tensor) -> Tensor:
+            return nn.functional.dropout(network(x, t), 0.3)
+
+        y = diffusion.sample(model, x, plan, recompute=recompute)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *network.parameters()])))
+    for plain, recomputed in zip(*results, strict=True):
+        assert_close(recomputed, plain, FLOAT64)
+
+
+def kept_bytes(steps: int, recompute: bool) -> tuple[int, int]:
+    """For the backward pass of a sample, but for the parameters; and the calls of the model."""
+    plan = SolverPlan.build(VP, torch.linspace(0.9, 0.1, steps + 1, dtype=torch.float64), "tab2")
+    network, calls = Network(), 0
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    sizes: dict[int, int] = {}
+
+    def count(kept: Tensor) -> Tensor:
+        storage = kept.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return kept
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return network(x, t)
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda kept: kept):
+        y = diffusion.sample(model, x, plan, recompute=recompute, check_finite=False)
+    y.square().sum().backward()
+    return sum(sizes.values()), calls
+
+
+def test_recomputation_keeps_as_much_for_any_number_of_steps() -> None:
+    one_state = 3 * 5 * 8
+    for steps, rounds in [(4, 2), (8, 2), (10, 3), (24, 3), (64, 3), (120, 4)]:
+        kept, calls = kept_bytes(steps, recompute=True)
+        # x_T, and at each later checkpoint the state and two entries, of which the first has one.
+        assert 0 < kept <= (3 * SEGMENTS - 2) * one_state + 64, (steps, kept)
+        assert calls <= rounds * steps
+    plain = [kept_bytes(steps, recompute=False)[0] for steps in (4, 20)]
+    assert plain[1] > 4 * plain[0] > 4 * 3 * 200 * 8  # all insides of the network
+    assert kept_bytes(64, recompute=True)[0] == kept_bytes(24, recompute=True)[0]
+
+
+def test_no_graph_where_none_is_wanted() -> None:
+    plan = SolverPlan.build(VP, [0.9, 0.5, 0.1], "tab1")
+    x = torch.randn(3, 5, dtype=torch.float64)
+    network = Network()
+    assert diffusion.sample(network, x, plan).requires_grad
+    with torch.no_grad():
+        assert not diffusion.sample(network, x, plan).requires_grad
+    with torch.inference_mode():
+        inside = diffusion.sample(network, x, plan)
+    assert_close(inside, diffusion.sample(network, x, plan), 1e-13)

@@ -6,7 +6,7 @@ history, newest first. So it passes through `torch.utils.checkpoint` as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -93,10 +93,8 @@ class Setting:
 
 
 class Rows:
-    """Rows with coefficients from the host; nothing is changed in place, so all is differentiable.
-
-    Attributes:
-        totals: the sum of what the denoiser returned, by row: not finite where one value is not.
+    """Rows with coefficients from the host; nothing is changed in place, so all is
+    differentiable.
     """
 
     def __init__(self, setting: Setting, check_finite: bool) -> None:
@@ -110,7 +108,8 @@ class Rows:
         self.ahead: list[bool] = plan.looks_ahead.tolist()
         self.kept = plan.history_length - 1
         self.check_finite = check_finite
-        self.totals: dict[int, Tensor] = {}
+        # Of what the denoiser returned, by row: not finite where one value is not.
+        self._sums: dict[int, Tensor] = {}
 
     def begin(self, x: Tensor, history: Sequence[Tensor]) -> State:
         base, first = self.setting.begin(x)
@@ -128,7 +127,7 @@ class Rows:
             total = output.detach().sum(dtype=setting.dtype)
             if unconditional is not None:
                 total = total + unconditional.detach().sum(dtype=setting.dtype)
-            self.totals[i] = total
+            self._sums[i] = total
         last = i == len(self.sizes) - 1
         new = solver_step(
             point,
@@ -149,7 +148,27 @@ class Rows:
             entries = [new.entry, *entries][: self.kept]
         return (new.base, new.point, x, *entries), new.entry
 
-    def recomputed(
+    def states(self, state: State) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """After each row its number, base, and the newest entry where it is kept."""
+        for i in range(len(self.sizes)):
+            state, entry = self.step(i, *state)
+            yield i, state[0], entry
+
+    def states_recomputed(
+        self, state: State, frames: Iterable[int]
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """As `states`, of the rows in `frames` and the last; see `_recomputed`."""
+        last = len(self.sizes) - 1
+        wanted = sorted({*frames, last} - {-1})
+        results = self._recomputed(0, last + 1, wanted, *state)
+        for i, base in zip(wanted, results, strict=False):
+            yield i, base, None
+
+    def finite(self) -> Tensor:
+        """Whether what the denoiser returned was finite, by row."""
+        return torch.stack(list(self._sums.values())).isfinite()
+
+    def _recomputed(
         self, begin: int, end: int, frames: Sequence[int], *state: Tensor
     ) -> tuple[Tensor, ...]:
         """Rows begin .. end - 1, whose insides are computed again in the backward pass: base after
@@ -163,7 +182,7 @@ class Rows:
         for lo in range(begin, end, size):
             hi = min(lo + size, end)
             inside = [row for row in frames if lo <= row < hi]
-            run = self._one if size == 1 else self.recomputed
+            run = self._one if size == 1 else self._recomputed
             results = checkpoint(run, lo, hi, inside, *state, use_reentrant=False)
             found += results[: len(inside)]
             state = results[len(inside) :]

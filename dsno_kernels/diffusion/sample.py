@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from dsno_kernels.diffusion._calls import Calls
+from dsno_kernels.diffusion._device_rows import DeviceRows
+from dsno_kernels.diffusion._frames import Frames, frame_rows
 from dsno_kernels.diffusion._rows import Rows, Setting
 from dsno_kernels.diffusion.plan import SolverPlan
 from dsno_kernels.functional import checks
-
-# Times of frames may come from float32.
-_SAME_TIME = 1e-6
 
 
 def sample(
@@ -38,6 +37,8 @@ def sample(
     check_finite: bool = True,
     model_dtype: torch.dtype | None = None,
     recompute: bool = False,
+    compile: bool = False,
+    cuda_graph: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     r"""Integrate from ``grid[0]`` of a plan to ``grid[-1]``; each row of its table is one call of
@@ -80,6 +81,12 @@ def sample(
             call the denoiser again there: three calls a row up to 64 rows, of which two are in the
             backward pass; two up to 8. Its insides are kept for one row at a time. A `noise` of
             your own must give the same tensors again.
+        compile: compile model and step with ``torch.compile(fullgraph=True)``: one graph for all
+            rows, kept for later calls with the same denoiser and shapes. Records no gradients;
+            where they are wanted, or the model is no single graph, compile the model alone.
+        cuda_graph: capture model and step as one CUDA graph, and replay it for each row. Each call
+            captures anew, which runs the model four times. Records no gradients; what the denoiser
+            does must be capturable.
         backend: as in :func:`exp_step`.
 
     Returns:
@@ -101,12 +108,10 @@ def sample(
         torch.Size([2, 3, 8, 8])
     """
     _check(denoiser, x_T, plan, history, clip, threshold, model_dtype)
-    if recompute and (callback is not None or progress):
-        raise ValueError("recompute=True runs rows twice: it takes no callback and no progress")
+    _check_mode(recompute, compile, cuda_graph, callback is not None or progress)
     if (unconditional is None) != (guidance is None):
         raise ValueError("unconditional and guidance come together: give both or neither")
     batch = x_T.shape[0] if x_T.ndim else None
-    wanted = None if frames is None else _frame_rows(plan, frames)
     setting = Setting(
         plan=plan,
         calls=Calls(denoiser, dict(kwargs or {}), unconditional, split_guidance, batch),
@@ -118,31 +123,28 @@ def sample(
         keep_entry=callback is not None,
         options={"guidance": guidance, "clip": clip, "threshold": threshold, "backend": backend},
     )
-    rows = Rows(setting, check_finite)
-    state = rows.begin(x_T, history)
-    states = {-1: x_T}
-    if recompute:
-        inside = sorted({row for row in wanted or () if row >= 0})
-        results = rows.recomputed(0, plan.evaluations, inside, *state)
-        states |= zip(inside, results, strict=False)
-        base = results[len(inside)]
+    kept = None if frames is None else Frames(x_T, frame_rows(plan, frames))
+    rows: Rows | DeviceRows
+    if compile or cuda_graph:
+        rows = DeviceRows(setting, x_T, history, check_finite)
+        states = rows.states(rows.captured() if cuda_graph else rows.compiled())
     else:
-        with _bar(plan.evaluations, progress) as advance:
-            for i in range(plan.evaluations):
-                state, entry = rows.step(i, *state)
-                base = state[0]
-                if wanted is not None and i in wanted:
-                    states[i] = base
-                advance()
-                if callback is not None:
-                    assert entry is not None
-                    if callback(i, plan.times[i], base, entry) is True:
-                        break
+        rows = Rows(setting, check_finite)
+        first = rows.begin(x_T, history)
+        wanted = () if kept is None else kept.rows
+        states = rows.states_recomputed(first, wanted) if recompute else rows.states(first)
+    with _bar(plan.evaluations, progress) as advance:
+        for i, base, entry in states:
+            if kept is not None:
+                kept.add(i, base)
+            advance()
+            if callback is not None:
+                assert entry is not None
+                if callback(i, plan.times[i], base, entry) is True:
+                    break
     if check_finite:
-        _check_totals(plan, rows.totals)
-    if wanted is None:
-        return base.to(x_T.dtype)
-    return torch.stack([states[row].to(x_T.dtype) for row in wanted if row in states], 1)
+        _check_finite(plan, rows.finite())
+    return base.to(x_T.dtype) if kept is None else kept.result()
 
 
 def _check(
@@ -174,6 +176,18 @@ def _check(
         )
 
 
+def _check_mode(recompute: bool, compile: bool, cuda_graph: bool, reports: bool) -> None:
+    if recompute + compile + cuda_graph > 1:
+        raise ValueError("recompute, compile and cuda_graph exclude each other: give one")
+    if recompute and reports:
+        raise ValueError("recompute=True runs rows again: it takes no callback and no progress")
+    if (compile or cuda_graph) and torch.is_grad_enabled():
+        raise ValueError(
+            "compile=True and cuda_graph=True record no gradients: call sample under"
+            " torch.no_grad(), or compile the model alone"
+        )
+
+
 def _seeds(
     plan: SolverPlan, generator: torch.Generator | None, device: torch.device
 ) -> Tensor | None:
@@ -184,42 +198,8 @@ def _seeds(
     return torch.randint(2**63 - 1, shape, generator=generator, device=source).to(device)
 
 
-def _frame_rows(plan: SolverPlan, frames: Sequence[int] | Sequence[float] | Tensor) -> list[int]:
-    """The row after which base stands at each frame; -1 for x_T."""
-    grid = plan.grid.detach()
-    given = frames.tolist() if isinstance(frames, Tensor) else list(frames)
-    if not given:
-        raise ValueError("frames must name at least one time, got none")
-    after: dict[float, int] = {float(grid[0]): -1}
-    for i, (time, advances) in enumerate(
-        zip(plan.times.tolist(), plan.advances.tolist(), strict=True)
-    ):
-        if advances:
-            after.setdefault(time, i)
-    rows = []
-    for frame in given:
-        if isinstance(frame, int) and not isinstance(frame, bool):
-            if not 0 <= frame < len(grid):
-                raise ValueError(f"frame {frame} is not a position in the grid, 0..{len(grid) - 1}")
-            time = float(grid[frame])
-        else:
-            time = min(grid.tolist(), key=lambda t: abs(t - frame))
-            if not abs(time - frame) <= _SAME_TIME * max(abs(time), float(grid.abs().max())):
-                raise ValueError(
-                    f"frame time {frame} is not in the grid of the plan; the nearest is {time}"
-                )
-        if time not in after:
-            raise ValueError(
-                f"{plan.solver} never stands at t = {time}; its states are at"
-                f" {', '.join(f'{t:.6g}' for t in after)}"
-            )
-        rows.append(after[time])
-    return rows
-
-
-def _check_totals(plan: SolverPlan, totals: dict[int, Tensor]) -> None:
-    finite = torch.stack(list(totals.values())).isfinite().tolist()
-    for i, fine in zip(totals, finite, strict=True):
+def _check_finite(plan: SolverPlan, finite: Tensor) -> None:
+    for i, fine in enumerate(finite.tolist()):
         if not fine:
             raise ValueError(
                 f"the denoiser returned NaN or infinity at row {i} of the plan, t ="

@@ -1,0 +1,135 @@
+"""Rows in place, chosen by an index on the device: one code for all rows.
+
+So `torch.compile` makes one graph of it, and one CUDA graph of it is replayed for each row. The
+history is a ring buffer; no gradients are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dsno_kernels.diffusion._rows import Setting
+from dsno_kernels.functional import exp_step, solver_step
+from dsno_kernels.models import capture
+
+
+class DeviceRows:
+    """A state and all rows of a plan in memory that stays where it is.
+
+    Attributes:
+        base: the state; overwritten by the next row.
+    """
+
+    def __init__(
+        self, setting: Setting, x: Tensor, history: Sequence[Tensor], check_finite: bool
+    ) -> None:
+        plan, device = setting.plan, setting.device
+        self.setting, self.calls = setting, setting.calls
+        self.R, self.K = plan.evaluations, plan.history_length
+        self.table = plan.table.detach().to(device)
+        c_in = torch.cat([plan.initial_c_in.reshape(1), plan.column("c_in")[:-1]])
+        self.c_in = c_in.detach().to(device) if setting.scaled else None
+        self.times = setting.times.detach()
+        self.seeds = setting.seeds
+        start, _ = setting.begin(x)
+        self.base = self.point = torch.empty_like(start).copy_(start)
+        self.ahead = bool(plan.looks_ahead.any())
+        if self.ahead:
+            self.point = self.base.clone()
+        self.noise = torch.zeros_like(self.base) if setting.noise and plan.stochastic() else None
+        self.ring: Tensor | None = None
+        if self.K > 1 or setting.keep_entry:
+            strides = (max(self.base.numel(), 1), *self.base.stride())
+            shape = (self.K, *self.base.shape)
+            self.ring = torch.empty_strided(shape, strides, dtype=setting.dtype, device=device)
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.check_finite = check_finite
+        self._numbers = torch.arange(self.R, device=device)
+        self._sums = torch.zeros(self.R, dtype=setting.dtype, device=device)
+        self._start, self._history = start, history
+        self._noisy = (plan.column("s") != 0).tolist()
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the first row."""
+        self.base.copy_(self._start)
+        if self.ahead:
+            self.point.copy_(self._start)
+        if self.ring is not None:
+            self.ring.zero_()
+            for j, entry in enumerate(self._history[: self.K - 1]):
+                self.ring[-j % self.K].copy_(entry)
+        self.index.zero_()
+
+    def row(self) -> Tensor:
+        """The row at `index`, and on to the next, the first after the last."""
+        setting, index, x = self.setting, self.index, self.point
+        if self.c_in is not None:
+            c_in = self.c_in.index_select(0, index)
+            x = exp_step(x, (), c_in, out_dtype=setting.model_dtype, backend=self.backend)
+        output, unconditional = self.calls(x, self.times.index_select(0, index)[0], None)
+        if self.check_finite:
+            total = output.sum(dtype=setting.dtype)
+            if unconditional is not None:
+                total = total + unconditional.sum(dtype=setting.dtype)
+            self._sums.copy_(torch.where(self._numbers == index, total, self._sums))
+        stored = self.ring is not None
+        new = solver_step(
+            self.point,
+            output,
+            self.table.index_select(0, index)[0],
+            () if self.ring is None else self.ring,
+            base=self.base if self.ahead else None,
+            unconditional=unconditional,
+            head=index[0] if stored else None,
+            noise=self.noise,
+            seed=None if self.seeds is None else self.seeds.index_select(0, index + 1)[0],
+            looks_ahead=self.ahead,
+            keep_entry=stored,
+            store=stored,
+            inplace=True,
+            **setting.options,
+        )
+        if self.ahead:
+            self.point.copy_(new.point)
+        index.copy_((index + 1) % self.R)
+        return self.base
+
+    @property
+    def backend(self) -> str | None:
+        return self.setting.options["backend"]
+
+    def compiled(self) -> Callable[[], object]:
+        return torch.compile(self.row, fullgraph=True, dynamic=False)
+
+    def captured(self) -> Callable[[], object]:
+        """A replay of the row as a CUDA graph."""
+        if self.base.device.type != capture.DEVICE:
+            raise ValueError(
+                f"cuda_graph=True needs x_T on a CUDA device, got {self.base.device}; leave it out"
+            )
+        with torch.cuda.device(self.base.device):
+            graph, _ = capture._record(self.row)
+        self.reset()  # the warm-up and the capture have moved on
+        return graph.replay
+
+    def states(self, run: Callable[[], object]) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """As `Rows.states`: copies where somebody may keep them, else base
+        itself, which the next row overwrites.
+        """
+        for i in range(self.R):
+            if self.noise is not None and self._noisy[i]:
+                assert self.setting.noise is not None
+                self.noise.copy_(self.setting.noise(i))
+            run()
+            if self.ring is not None and self.setting.keep_entry:
+                yield i, self.base.clone(), self.ring[(i + 1) % self.K].clone()
+            else:
+                yield i, self.base, None
+
+    def finite(self) -> Tensor:
+        """As `Rows.finite`."""
+        return self._sums.isfinite()

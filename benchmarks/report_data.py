@@ -24,14 +24,24 @@ NOT_MEASURED = "not measured yet"
 Entry = dict[str, Any]
 
 
-class Result(NamedTuple):
-    """One results file."""
+class Source(NamedTuple):
+    """A results file that an entry is from."""
 
     name: str
+    commit: str | None
+    changed: bool  # whether the checkout had changes that are not in the commit
+    time: str
+
+    def __str__(self) -> str:
+        commit = (self.commit or "unknown")[:10] + "`" + " with local changes" * self.changed
+        return f"{self.time[:10]}; commit `{commit}; `benchmarks/results/{self.name}.json`"
+
+
+class Result(NamedTuple):
+    """What one machine has measured, in one results file or in several."""
+
     machine: dict[str, Any]
-    commit: dict[str, Any]
-    date: str
-    entries: list[Entry]  # the `extra_info` of each benchmark
+    entries: list[Entry]  # the `extra_info` of each benchmark, with its "source"
 
     def select(self, **wanted: Any) -> list[Entry]:
         return [
@@ -52,27 +62,37 @@ class ReportError(Exception):
     """Why there is no report, in one line."""
 
 
+# What two files of one machine have in common. Other versions of PyTorch are another result.
+MACHINE = ("device", "gpu", "cpu", "isa", "cores", "torch", "triton", "cuda")
+
+
 def load(folder: Path) -> list[Result]:
-    results = []
+    """One result a machine; of a benchmark that several of its files hold, the newest counts."""
+    files: dict[str, list[tuple[Source, dict[str, Any], dict[str, Entry]]]] = {}
     for path in sorted(folder.glob("*.json")):
         if path.name.startswith("tune-"):  # what benchmarks/tune.py has tried
             continue
         try:
             data = json.loads(path.read_text())
-            entries = [benchmark["extra_info"] for benchmark in data["benchmarks"]]
-            results.append(
-                Result(
-                    path.stem,
-                    data["machine_info"],
-                    data["commit_info"],
-                    data["datetime"][:10],
-                    entries,
-                )
-            )
-        except (ValueError, KeyError, TypeError) as error:
+            machine, commit = data["machine_info"], data["commit_info"]
+            source = Source(path.stem, commit["id"], bool(commit["dirty"]), data["datetime"])
+            entries = {
+                benchmark["name"]: benchmark["extra_info"] | {"source": source}
+                for benchmark in data["benchmarks"]
+            }
+            key = repr([machine.get(name) for name in MACHINE])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ReportError(
                 f"{path.name} is no results file of these benchmarks: {error!r}"
             ) from None
+        files.setdefault(key, []).append((source, machine, entries))
+    results = []
+    for same in files.values():
+        same.sort(key=lambda file: file[0].time)
+        merged: dict[str, Entry] = {}
+        for _, _, entries in same:
+            merged |= entries
+        results.append(Result(same[-1][1], list(merged.values())))
     return results
 
 
@@ -90,8 +110,10 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def caption(result: Result) -> str:
-    """Which machine, versions and commit, and the rates of a GPU that shares count against."""
+def caption(result: Result, *ops: str) -> str:
+    """Which machine and versions, the files that hold `ops` with date and commit, and the rates of
+    a GPU that shares count against.
+    """
     m = result.machine
     cores = f"{m['cores']} core" + "s" * (m["cores"] != 1)
     hardware = (
@@ -102,10 +124,10 @@ def caption(result: Result) -> str:
     versions = f"PyTorch {m['torch']}" + (
         f", Triton {m['triton']}" if m.get("triton") and "gpu" in m else ""
     )
-    commit = (result.commit.get("id") or "unknown")[:10]
-    changed = " with local changes" if result.commit.get("dirty") else ""
-    source = f"commit `{commit}`{changed}; `benchmarks/results/{result.name}.json`"
-    text = f"{hardware}; {versions}; {result.date}; {source}."
+    sources = dict.fromkeys(
+        str(entry["source"]) for entry in result.entries if entry.get("op") in ops
+    )
+    text = f"{hardware}; {versions}; {'; and '.join(sources)}."
     if "gpu" in m and "gemm_gflops" in m:
         gemm = ", ".join(f"{name} {rate / 1e3:.0f}" for name, rate in m["gemm_gflops"].items())
         text += (

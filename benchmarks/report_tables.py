@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
-from benchmarks import shapes, targets
+from benchmarks import report_steps, shapes, targets
 from benchmarks.report_data import (
     BASELINE,
     NOT_MEASURED,
@@ -19,6 +20,8 @@ from benchmarks.report_data import (
 )
 
 OURS = "dsno_kernels"  # how the names of this library's own entries begin
+OVERHEAD = ("overhead", "truncated_rfft", "truncated_irfft")
+MODEL = ("model", "temporal_layers")
 
 
 def spectral_conv_cpu(results: list[Result]) -> str:
@@ -62,7 +65,7 @@ def spectral_conv_cpu(results: list[Result]) -> str:
                     f"{max(entry['errors'].values()):.1e}",
                 )
             )
-        parts.append(f"{caption(result)}\n\n{table(head, rows)}")
+        parts.append(f"{caption(result, 'spectral_conv')}\n\n{table(head, rows)}")
     parts.append(
         "Medians over rounds in which the eager layer and this library take turns, checked against"
         " float64 just before. `error` is the largest relative RMS error of y, dx and dW. GFLOP/s"
@@ -91,7 +94,8 @@ def peers(results: list[Result]) -> str:
             ]
             if any(name in found for name in names if not name.startswith((BASELINE, OURS))):
                 rows.append((shape.title, PRECISIONS[precision], PASS_TITLES[direction], *cells))
-        parts.append(f"{caption(result)}\n\n{table(('shape', 'precision', 'pass', *names), rows)}")
+        head = ("shape", "precision", "pass", *names)
+        parts.append(f"{caption(result, 'spectral_conv')}\n\n{table(head, rows)}")
     parts.append("In brackets the speed-up over the eager float32 layer, timed in turns with it.")
     return "\n\n".join(parts)
 
@@ -110,12 +114,10 @@ def overhead(results: list[Result]) -> str:
             for name in names
         ]
         parts.append(
-            f"{caption(result)}\n\n"
+            f"{caption(result, *OVERHEAD)}\n\n"
             + table(("one call at a tiny shape", *PASS_TITLES.values()), rows)
         )
-        transforms = [
-            e for kind in ("rfft", "irfft") for e in result.select(op=f"truncated_{kind}")
-        ]
+        transforms = [e for op in OVERHEAD[1:] for e in result.select(op=op)]
         rows = [
             [
                 f"`{e['op']}`",
@@ -180,7 +182,7 @@ def spectral_conv_gpu(results: list[Result]) -> str:
                     f"{max(entry['errors'].values()):.1e}",
                 )
             )
-        parts.append(f"{caption(result)}\n\n{table(head, rows)}")
+        parts.append(f"{caption(result, 'spectral_conv')}\n\n{table(head, rows)}")
     parts.append(
         "Device time by CUDA events, medians over rounds in which the eager float32 layer and this"
         " library take turns, each with a cold L2 cache, checked against float64 just before. The"
@@ -243,13 +245,12 @@ def model(results: list[Result]) -> str:
                 milliseconds(entry["seconds"]),
                 f"**{entry['ratio']:.2f}x**",
             )
-            for op in ("model", "temporal_layers")
+            for op in MODEL
             for entry in result.select(op=op)
         ]
-        if rows:
-            head = ("model", "form", "precision", "pass", "official form", "time", "speed-up")
-            parts.append(f"{caption(result)}\n\n{table(head, rows)}")
-    return "\n\n".join(parts) or not_measured()
+        head = ("model", "form", "precision", "pass", "official form", "time", "speed-up")
+        parts.append(f"{caption(result, *MODEL)}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
 
 
 def not_measured() -> str:
@@ -257,21 +258,24 @@ def not_measured() -> str:
 
 
 def tables(results: list[Result]) -> dict[str, Callable[[], str]]:
-    """Every table README can ask for."""
-    cpu = [result for result in results if result.machine["device"] == "cpu"]
+    """Every table README can ask for, of the results that hold what it shows."""
+    made: dict[str, Callable[[], str]] = {}
+    for kind, device in (("cpu", "cpu"), ("gpu", "cuda")):
+        some = [result for result in results if result.machine["device"] == device]
+        conv = spectral_conv_cpu if kind == "cpu" else spectral_conv_gpu
+        kinds: dict[str, tuple[Callable[[list[Result]], str], tuple[str, ...]]] = {
+            "spectral_conv": (conv, ("spectral_conv",)),
+            "peers": (peers, ("spectral_conv",)),
+            "overhead": (overhead, OVERHEAD),
+            "model": (model, MODEL),
+            "exp_step": (report_steps.exp_step, ("exp_step", "exp_step_overhead")),
+            "schedulers": (
+                report_steps.schedulers,
+                ("scheduler", "scheduler_loop", "scheduler_overhead"),
+            ),
+        }
+        for name, (make, ops) in kinds.items():
+            holding = [r for r in some if any(entry.get("op") in ops for entry in r.entries)]
+            made[f"{name}_{kind}"] = functools.partial(make, holding) if holding else not_measured
     gpu = [result for result in results if result.machine["device"] == "cuda"]
-
-    def of(some: list[Result], make: Callable[[list[Result]], str]) -> Callable[[], str]:
-        return (lambda: make(some)) if some else not_measured
-
-    return {
-        "spectral_conv_cpu": of(cpu, spectral_conv_cpu),
-        "peers_cpu": of(cpu, peers),
-        "overhead_cpu": of(cpu, overhead),
-        "model_cpu": of(cpu, model),
-        "targets_gpu": lambda: targets_gpu(gpu),
-        "spectral_conv_gpu": of(gpu, spectral_conv_gpu),
-        "peers_gpu": of(gpu, peers),
-        "overhead_gpu": of(gpu, overhead),
-        "model_gpu": of(gpu, model),
-    }
+    return made | {"targets_gpu": lambda: targets_gpu(gpu)}

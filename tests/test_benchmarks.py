@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import measure, peers, report, shapes, targets
+from benchmarks.report_data import load
 
 pytest.importorskip("pytest_benchmark")
 
@@ -77,6 +78,10 @@ def conv_entry(peer: str, precision: str, direction: str, seconds: float) -> dic
     }
 
 
+def named(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"name": f"test[{i}]", "extra_info": entry} for i, entry in enumerate(entries)]
+
+
 @pytest.fixture
 def made_up(tmp_path: Path) -> Path:
     """A README and a results folder with one machine that never was."""
@@ -105,7 +110,7 @@ def made_up(tmp_path: Path) -> Path:
         },
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
         "datetime": "2030-01-02T03:04:05",
-        "benchmarks": [{"extra_info": entry} for entry in entries],
+        "benchmarks": named(entries),
     }
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "toaster.json").write_text(json.dumps(content))
@@ -142,7 +147,71 @@ def test_report_without_any_results_says_not_measured(tmp_path: Path) -> None:
     assert "Not measured yet." in (tmp_path / "README.md").read_text()
 
 
-GPU_TABLES = ("targets_gpu", "spectral_conv_gpu", "peers_gpu", "overhead_gpu", "model_gpu")
+def write_file(folder: Path, name: str, entries: dict[str, dict[str, Any]], **more: Any) -> None:
+    """Another results file of the machine of `made_up`."""
+    content = json.loads((folder / "results" / "toaster.json").read_text())
+    content["benchmarks"] = [{"name": n, "extra_info": entry} for n, entry in entries.items()]
+    (folder / "results" / f"{name}.json").write_text(json.dumps(content | more))
+
+
+def test_files_of_one_machine_are_one_result_and_the_newest_entry_counts(made_up: Path) -> None:
+    """Whatever the order of the names; a caption names the files that its table is made of."""
+    new, old = ("2030-01-03T00:00:00", "2030-01-01T00:00:00")
+    again = conv_entry("dsno_kernels[cpu]", "fp32", "forward", 0.02)
+    commit = {"id": "fedcba9876543210", "dirty": True}
+    write_file(made_up, "a", {"test[1]": again}, datetime=new, commit_info=commit)
+    write_file(made_up, "z", {"test[2]": again | {"precision": "bf16"}}, datetime=old)
+    small = {
+        "op": "model",
+        "shape": "small",
+        "batch": 2,
+        "peer": "dsno_kernels",
+        "precision": "fp32",
+        "direction": "forward",
+        "seconds": 0.002,
+        "baseline_seconds": 0.005,
+        "ratio": 2.5,
+    }
+    write_file(made_up, "model", {"test_model[small]": small}, datetime=new)
+    (result,) = load(made_up / "results")
+    assert len(result.entries) == 6
+    path = made_up / "README.md"
+    path.write_text(
+        README + "<!-- benchmark:begin model_cpu -->\n<!-- benchmark:end model_cpu -->\n"
+    )
+    assert report.main(arguments(made_up)) == 0
+    text = path.read_text()
+    assert "| 20.0 ms | **2.50x** | 4x |" in text and "**5.00x**" not in text
+    assert "**10.00x** | 6x |" in text  # of toaster.json: z.json is older
+    sources = (
+        "2030-01-02; commit `0123456789`; `benchmarks/results/toaster.json`; and "
+        "2030-01-03; commit `fedcba9876` with local changes; `benchmarks/results/a.json`."
+    )
+    assert f"Toaster 3000, avx2, 2 cores; PyTorch 2.0; {sources}" in text
+    model = text.split("benchmark:begin model_cpu")[1]
+    assert "| small, B=2 | dsno_kernels | fp32 | forward | 5.00 ms | 2.00 ms |" in model
+    assert "2030-01-03; commit `0123456789`; `benchmarks/results/model.json`.\n" in model
+
+
+@pytest.mark.parametrize("change", [{"torch": "2.1"}, {"cores": 4}], ids=["PyTorch", "cores"])
+def test_files_of_another_machine_or_pytorch_stay_apart(
+    made_up: Path, change: dict[str, Any]
+) -> None:
+    content = json.loads((made_up / "results" / "toaster.json").read_text())
+    entry = {"test[1]": conv_entry("dsno_kernels[cpu]", "fp32", "forward", 0.02)}
+    write_file(made_up, "a", entry, machine_info=content["machine_info"] | change)
+    assert sorted(len(result.entries) for result in load(made_up / "results")) == [1, 5]
+
+
+GPU_TABLES = (
+    "targets_gpu",
+    "spectral_conv_gpu",
+    "peers_gpu",
+    "overhead_gpu",
+    "model_gpu",
+    "exp_step_gpu",
+    "schedulers_gpu",
+)
 
 
 def gpu_entry(shape: str, precision: str, direction: str, peer: str, **more: Any) -> dict[str, Any]:
@@ -188,7 +257,7 @@ def made_up_gpu(tmp_path: Path) -> Path:
         "machine_info": machine,
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
         "datetime": "2030-01-02T03:04:05",
-        "benchmarks": [{"extra_info": entry} for entry in entries],
+        "benchmarks": named(entries),
     }
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "abacus-9.json").write_text(json.dumps(content))
@@ -226,7 +295,7 @@ def test_without_a_gpu_every_table_of_it_says_not_measured(made_up_gpu: Path) ->
     assert report.main(arguments(made_up_gpu)) == 0
     text = (made_up_gpu / "README.md").read_text()
     assert text.count("| not measured yet |") == len(targets.TARGETS)
-    assert text.count("Not measured yet.") == 4
+    assert text.count("Not measured yet.") == len(GPU_TABLES) - 1
     assert not list((made_up_gpu / "results").glob("*.png"))
 
 

@@ -34,13 +34,14 @@ PRECISIONS = ("fp32", "tf32", "bf16 autocast")
 # activations on the other side of LeakyReLU's zero; products of 10 or 7 bits of mantissa.
 BUDGETS = {"fp32": (3e-5, 2e-2), "tf32": (2e-2, 1e-1), "bf16 autocast": (5e-2, 3e-1)}
 
+SIDE, CHANNELS = (8, 32) if dry_run() else (16, 64)
 SMALL = DSNOConfig(
-    image_size=16,
-    channels=64,
+    image_size=SIDE,
+    channels=CHANNELS,
     channel_mult=(1, 1),
     num_res_blocks=1,
-    attention_resolutions=(8,),
-    embedding_dim=128,
+    attention_resolutions=(SIDE // 2,),
+    embedding_dim=2 * CHANNELS,
 )
 
 

@@ -21,10 +21,11 @@ from benchmarks.host_cuda import cuda, dry_run
 
 Thunk = Callable[[], object]
 
-SECONDS_PER_ENTRY = 0.01 if dry_run() else 0.2  # rounds, without set-up
-ROUNDS = (7, 101)  # at least and at most
-WARM_UP = 2
-HOST_CALLS, HOST_SECONDS = 5, 0.05  # in a row, without a synchronization; in all, or four rounds
+SECONDS_PER_ENTRY = 0.2  # rounds, without set-up
+ROUNDS = (2, 2) if dry_run() else (7, 101)  # at least and at most
+WARM_UP = 1 if dry_run() else 2
+# In a row, without a synchronization; in all, but so many rounds at least.
+HOST_CALLS, HOST_SECONDS, HOST_ROUNDS = (2, 0.0, 2) if dry_run() else (5, 0.05, 4)
 MOST_READS = 40  # of the buffer before a call: some 2 ms, enough to enqueue a layer's training step
 
 
@@ -63,7 +64,9 @@ def host_seconds(call: Thunk, device: torch.device) -> float:
     calls = 1
     times: list[float] = []
     begin = time.perf_counter()
-    while len(times) < 4 or (len(times) < 10 and time.perf_counter() - begin < HOST_SECONDS):
+    while len(times) < HOST_ROUNDS or (
+        len(times) < 10 and time.perf_counter() - begin < HOST_SECONDS
+    ):
         cuda().synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):

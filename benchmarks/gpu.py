@@ -49,11 +49,40 @@ MODULES = {
     "setuptools": "no build",
     "triton": "no Triton kernels",
     "cupy": "no CuPy backend",
+    "diffusers": "none of its schedulers among the peers",
     "matplotlib": "no plot",
 }
 LOST = "the CUDA context is lost"  # what benchmarks/restart.py writes then
 NO_TESTS = 5  # pytest's exit code where a share of the tests is empty
-TABLES = ("targets_gpu", "spectral_conv_gpu", "peers_gpu", "overhead_gpu", "model_gpu")
+TABLES = (
+    "targets_gpu",
+    "spectral_conv_gpu",
+    "peers_gpu",
+    "overhead_gpu",
+    "model_gpu",
+    "exp_step_gpu",
+    "schedulers_gpu",
+)
+
+
+class Benchmarks(NamedTuple):
+    """A file of benchmarks: its limit is that of its entries, `seconds` each with their set-up."""
+
+    entries: int
+    seconds: float
+    reserve: float
+    dry_run: str = ""  # what of it a dry run leaves out, each path taken once
+    needs: tuple[str, ...] = ("pytest", "torch")
+
+
+LARGE_OR_AGAIN = "16x4 or 256x256 or -2] or compile and (guided or overhead)"
+BENCHMARKS = {
+    "bench_spectral_conv": Benchmarks(480, 0.5, 105, "compile and real"),
+    "bench_overhead": Benchmarks(10, 3, 15),
+    "bench_model": Benchmarks(43, 2.5, 45),
+    "bench_exp_step": Benchmarks(40, 1.3, 20, LARGE_OR_AGAIN),
+    "bench_schedulers": Benchmarks(36, 1.2, 20, LARGE_OR_AGAIN, ("pytest", "torch", "diffusers")),
+}
 
 
 class Stage(NamedTuple):
@@ -98,7 +127,6 @@ def stages(out: Path, tune: bool, dry_run: bool) -> list[Stage]:
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
     pytest += ["-p", "benchmarks.restart"]
     measure = [*pytest, "-q", "-rs", "--device", device, "--journal", str(out / "gpu.jsonl")]
-    measure += ["-k", "not small_classes"] if dry_run else []
     build = [python, "setup.py", "-q", "build_ext", "--inplace"]
     archs = {} if os.environ.get("TORCH_CUDA_ARCH_LIST") else {"TORCH_CUDA_ARCH_LIST": capability()}
     once = [python, "tests/gpu_sanitizer.py", "--device", device]
@@ -148,21 +176,17 @@ def stages(out: Path, tune: bool, dry_run: bool) -> list[Stage]:
             environment=interpreted,
         ),
     ]
-    benchmarks = {
-        "bench_spectral_conv": (240, 120),
-        "bench_overhead": (30, 15),
-        "bench_model": (75, 35),
-        "bench_exp_step": (45, 20),
-    }
-    for name, (limit, reserve) in benchmarks.items():
+    for name, (entries, each, reserve, left_out, needs) in BENCHMARKS.items():
         path = ROOT / "benchmarks" / f"{name}.py"
         missing = "" if path.exists() else f"benchmarks/{name}.py does not exist"
-        needs = ("pytest", "torch")
-        made.append(Stage(name, [*measure, str(path)], limit, reserve, needs, missing, shards=1))
+        command = [*measure, str(path)]
+        if dry_run and left_out:
+            command += ["-k", f"not ({left_out})"]
+        made.append(Stage(name, command, entries * each, reserve, needs, missing, shards=1))
     if tune:
         command = [python, "benchmarks/tune.py", "--budget", "10" if dry_run else "60"]
         command += ["--dry-run", "--arch", "90"] if dry_run else []
-        made.append(Stage("tune", command, 120, 60, ("triton",)))
+        made.append(Stage("tune", command, 120, 60, ("pytest", "triton")))
     made.append(Stage("report", report(out), 30, 10))
     return made
 
@@ -349,7 +373,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.commit:
         os.environ["DSNO_KERNELS_COMMIT"] = options.commit
     if options.dry_run:
-        environment["DSNO_KERNELS_DRY_RUN"] = "1"
+        # One thread: small work, and often on a machine that does other work too.
+        environment |= {"DSNO_KERNELS_DRY_RUN": "1", "OMP_NUM_THREADS": "1"}
 
     for name, without in MODULES.items():
         if importlib.util.find_spec(name) is None:

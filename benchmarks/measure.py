@@ -157,10 +157,17 @@ def gemm_rate(precision: str, device: torch.device) -> float:
     return max(plain, gemm_rate("tf32", device) / 3) if on_gpu(device) else plain
 
 
-@functools.cache
 def copy_rate(device: torch.device) -> float:
-    """bytes/s, read plus written, of copying 64 MiB (1 GiB on a GPU), the best of nine."""
-    n = (1 << 30 if device.type == "cuda" else 1 << 26) // 4
+    """bytes/s, read plus written, of copying 64 MiB (1 GiB on a GPU), the best of nine.
+
+    On the CPU it is that of as many threads as PyTorch uses at the call.
+    """
+    return _copy_rate(device, torch.get_num_threads())
+
+
+@functools.cache
+def _copy_rate(device: torch.device, threads: int) -> float:
+    n = (1 << 30 if device.type == "cuda" else 1 << (20 if dry_run() else 26)) // 4
     source, target = torch.rand(n, device=device), torch.empty(n, device=device)
     calls = 5 if device.type == "cuda" else 1
     return 8.0 * n / _best(lambda: target.copy_(source), device, calls=calls)

@@ -69,7 +69,9 @@ class HostCuda:
 
     @staticmethod
     @contextlib.contextmanager
-    def graph(cuda_graph: CUDAGraph) -> Iterator[None]:
+    def graph(
+        cuda_graph: CUDAGraph, pool: Any = None, stream: Stream | None = None
+    ) -> Iterator[None]:
         yield
 
     @staticmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def capture_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU pass for a GPU in `CapturedModel`."""
     monkeypatch.setattr(capture, "_record", host_record)
     monkeypatch.setattr(capture, "DEVICE", "cpu")
-    fake = types.SimpleNamespace(device=lambda _: contextlib.nullcontext())
+    fake = types.SimpleNamespace(device=lambda _: contextlib.nullcontext(), Event=Mock)
     monkeypatch.setattr(torch, "cuda", fake)
 
 
@@ -149,6 +150,14 @@ def test_what_is_no_model_and_no_tensor_is_refused(model: Doubler) -> None:
         CapturedModel(pair.eval(), X)
 
 
+def test_a_layer_left_in_training_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture_on_the_host(monkeypatch)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).eval()
+    model[1].train()
+    with pytest.raises(ValueError, match="'1' of the model is in training mode"):
+        CapturedModel(model, X)
+
+
 def test_recording_warms_up_on_a_side_stream_and_captures_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -173,11 +182,11 @@ def test_recording_warms_up_on_a_side_stream_and_captures_once(
         current_stream=lambda: Stream("current"),
         stream=lambda stream: within(stream.name),
         CUDAGraph=FakeGraph,
-        graph=lambda graph: within("graph"),
+        graph=lambda graph, stream: within(f"graph on {stream.name}"),
     )
     monkeypatch.setattr(torch, "cuda", fake)
     graph, output = capture._record(lambda: events.append("run") or X)
     warm = ["side begins", "run", "run", "run", "side ends"]
     wait = ["side waits for current", *warm, "current waits for side"]
-    assert events == [*wait, "graph begins", "run", "graph ends"]
+    assert events == [*wait, "graph on side begins", "run", "graph on side ends"]
     assert isinstance(graph, FakeGraph) and output is X

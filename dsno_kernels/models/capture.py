@@ -5,6 +5,7 @@ A replay costs the host one launch, so that it no longer limits the small levels
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -29,7 +30,8 @@ class CapturedModel:
             those that every call must have.
 
     Returns of a call:
-        The output of the model, in a tensor of its own.
+        The output of the model, in a tensor of its own. Calls from several threads or streams run
+        one after the other.
 
     Raises:
         TypeError: a model that is not a module, inputs or an output that are not tensors, dtypes
@@ -49,6 +51,9 @@ class CapturedModel:
         _check_tensors(inputs)
         self.model = model
         self._check_mode()
+        for name, module in model.named_modules():
+            if module.training:
+                raise ValueError(f"{name!r} of the model is in training mode; call model.eval()")
         state = [*model.parameters(), *model.buffers()]
         devices = sorted({str(tensor.device) for tensor in (*state, *inputs)})
         if len(devices) != 1 or not devices[0].startswith(DEVICE):
@@ -63,6 +68,7 @@ class CapturedModel:
             for name, tensor in table.items()
             if tensor is not None
         ]
+        self._lock = threading.Lock()
         self._inputs = tuple(tensor.detach().clone() for tensor in inputs)
         kind = self._inputs[0].device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
@@ -72,8 +78,10 @@ class CapturedModel:
             with torch.no_grad(), torch.autocast(kind, dtype, enabled, cache_enabled=False):
                 return model(*self._inputs)
 
-        with torch.cuda.device(self._inputs[0].device):
+        self._device = self._inputs[0].device
+        with torch.cuda.device(self._device):
             self._graph, self._output = _record(run)
+            self._done = torch.cuda.Event()  # of the last call: the next may be on another stream
         if not isinstance(self._output, Tensor):
             raise TypeError(f"the model must return one tensor, got {type(self._output).__name__}")
 
@@ -88,11 +96,14 @@ class CapturedModel:
                     f"the tensor {name!r} of the model is no longer where it was captured;"
                     " update weights in place, or capture the model again"
                 )
-        with torch.no_grad():
+        with self._lock, torch.no_grad(), torch.cuda.device(self._device):
+            self._done.wait()
             for captured, given in zip(self._inputs, inputs, strict=True):
                 captured.copy_(given)
             self._graph.replay()
-            return self._output.clone()
+            output = self._output.clone()
+            self._done.record()
+        return output
 
     def _check_mode(self) -> None:
         if self.model.training:
@@ -132,6 +143,7 @@ def _record(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A stream of this device: the default of torch.cuda.graph stays on that of the first capture.
+    with torch.cuda.graph(graph, stream=side):
         output = run()
     return graph, output

@@ -1,6 +1,6 @@
 """The fused schedulers next to those of diffusers: a step, the host's share of it, a whole loop.
 
-Both sides are called as a pipeline calls them, with guidance combined in PyTorch before the step. A
+Guidance is combined in PyTorch before a peer's step, as pipelines do; ours takes both outputs. A
 peer's call comes right before each of ours, so that `ratio` is the speed-up over it.
 """
 
@@ -49,8 +49,13 @@ def schedulers(peer: str) -> tuple[Any, Any]:
     return pair
 
 
-def guide(m: Tensor, u: Tensor, guided: bool) -> Tensor:
-    return u + GUIDANCE * (m - u) if guided else m
+def step(scheduler: Any, m: Tensor, u: Tensor, t: Tensor, x: Tensor, guided: bool) -> Tensor:
+    if not guided:
+        return scheduler.step(m, t, x, return_dict=False)[0]
+    if type(scheduler).__name__.startswith("Fused"):
+        fused = {"unconditional": u, "guidance": GUIDANCE}
+        return scheduler.step(m, t, x, return_dict=False, **fused)[0]
+    return scheduler.step(u + GUIDANCE * (m - u), t, x, return_dict=False)[0]
 
 
 def step_call(scheduler: Any, inputs: tuple[Tensor, ...], guided: bool) -> Callable[[], Tensor]:
@@ -58,7 +63,7 @@ def step_call(scheduler: Any, inputs: tuple[Tensor, ...], guided: bool) -> Calla
     x, u, *outputs = inputs
     timesteps = list(scheduler.timesteps)
     for i, t in enumerate(timesteps[:AT]):
-        scheduler.step(guide(outputs[i % 3], u, guided), t, x)
+        step(scheduler, outputs[i % 3], u, t, x, guided)
     state, t = copy.copy(scheduler.__dict__), timesteps[AT]
     lists = {key: list(value) for key, value in state.items() if isinstance(value, list)}
 
@@ -66,7 +71,7 @@ def step_call(scheduler: Any, inputs: tuple[Tensor, ...], guided: bool) -> Calla
         scheduler.__dict__.update(state)
         for key, value in lists.items():
             scheduler.__dict__[key] = value.copy()
-        return scheduler.step(guide(outputs[0], u, guided), t, x, return_dict=False)[0]
+        return step(scheduler, outputs[0], u, t, x, guided)
 
     return call
 
@@ -79,8 +84,7 @@ def loop_call(scheduler: Any, inputs: tuple[Tensor, ...], guided: bool) -> Calla
         scheduler.set_timesteps(STEPS)
         x = start
         for i, t in enumerate(scheduler.timesteps):
-            m = guide(outputs[i % 3], u, guided)
-            x = scheduler.step(m, t, x, return_dict=False)[0]
+            x = step(scheduler, outputs[i % 3], u, t, x, guided)
         return x
 
     return call

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsno_kernels.integrations._ddim import place_of
 from tests.helpers import assert_close, rel_rms
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -169,6 +170,36 @@ def test_mixed_dtypes(name: str) -> None:
         assert_close(results[1], results[0], 1e-2)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"prediction_type": "v_prediction"},
+        {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},  # steep first steps
+        {"thresholding": True},
+    ],
+    ids=["epsilon", "v", "steep", "threshold"],
+)
+@pytest.mark.parametrize("name", [*SCHEDULERS, "DDIMScheduler"])
+def test_guidance_in_the_step(name: str, config: dict[str, Any]) -> None:
+    """The same as guidance before the step, by a number or one number a sample."""
+    for scale in (4.0, torch.tensor([1.5, 4.0], dtype=torch.float64)):
+        g = scale if isinstance(scale, float) else scale.reshape(2, 1, 1, 1)
+        before, within = ours(name, **config), ours(name, **config)
+        before.set_timesteps(6)
+        within.set_timesteps(6)
+        x = y = start()
+        for t in before.timesteps:
+            m, u = denoise(x, t), 0.5 * denoise(x, t / 2)
+            x = before.step(u + g * (m - u), t, x).prev_sample
+            y = within.step(m, t, y, unconditional=u, guidance=scale).prev_sample
+            assert_close(y, x, WIDE)
+    within.set_timesteps(6)
+    for half in ({"unconditional": u}, {"guidance": 2.0}):
+        with pytest.raises(ValueError, match="unconditional and guidance come together"):
+            within.step(m, within.timesteps[0], y, **half)
+
+
 def test_learned_variance() -> None:
     """The channels of a learned variance are left out."""
     x, m = start(torch.float32), torch.cat([start(torch.float32, 1), start(torch.float32, 2)], 1)
@@ -255,6 +286,14 @@ def test_ddim_zero_terminal_snr() -> None:
     assert_close(actual, expected, SINGLE)
     with pytest.raises(ValueError, match="epsilon says nothing about x0 where alpha is 0"):
         ours("DDIMScheduler", **config).set_timesteps(10)
+
+
+def test_place_of_a_timestep() -> None:
+    """Where timesteps are on a device, the index comes from the address."""
+    timesteps = torch.arange(90, 0, -10)
+    assert [place_of(t, timesteps) for t in timesteps[3:]] == [3, 4, 5, 6, 7, 8]
+    for stranger in (timesteps[2].clone(), timesteps[2].float(), timesteps[2:4]):
+        assert place_of(stranger, timesteps) is None
 
 
 def test_ddim_at_a_timestep_outside_its_schedule() -> None:

@@ -51,6 +51,14 @@ def ddim_row(
     return A, B, along * E, c_x0, along * F, s, 1.0, 0.0, 0.0, 1.0
 
 
+def place_of(element: Tensor, whole: Tensor) -> int | None:
+    """Which element of a dense tensor this view is, without reading it; None if it is none."""
+    if element.dtype != whole.dtype or element.device != whole.device or element.numel() != 1:
+        return None
+    place, rest = divmod(element.data_ptr() - whole.data_ptr(), whole.element_size())
+    return place if rest == 0 and 0 <= place < whole.numel() else None
+
+
 class DDIM(Configured):
     """The steps of diffusers' DDIM scheduler."""
 
@@ -110,12 +118,8 @@ class DDIM(Configured):
         """The timestep as an int, without waiting for the device where it is one of `timesteps`."""
         if not isinstance(timestep, Tensor):
             return int(timestep)
-        own = self._own
-        if timestep.is_cuda and timestep.dtype == own.dtype and timestep.device == own.device:
-            place, rest = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
-            if rest == 0 and 0 <= place < len(self._times):
-                return self._times[place]
-        return int(timestep)
+        place = place_of(timestep, self._own) if timestep.is_cuda else None
+        return int(timestep) if place is None else self._times[place]
 
     def _moved(
         self,

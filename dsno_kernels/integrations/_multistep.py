@@ -23,6 +23,22 @@ _BY_CONFIGURATION = (
 _BELOW_ONE = 1e-6
 
 
+def check_guidance(unconditional: Tensor | None, guidance: float | Tensor | None) -> None:
+    if (unconditional is None) != (guidance is None):
+        raise ValueError("unconditional and guidance come together: give both or neither")
+
+
+def guided(output: Tensor, unconditional: Tensor | None, guidance: float | Tensor | None) -> Tensor:
+    """Classifier-free guidance u + g (c - u), in one pass; c without it."""
+    check_guidance(unconditional, guidance)
+    if unconditional is None or guidance is None:
+        return output
+    if isinstance(guidance, Tensor):
+        rows = torch.stack([guidance, 1.0 - guidance], -1)
+        return exp_step(output, (unconditional,), rows)
+    return exp_step(output, (unconditional,), (guidance, 1.0 - guidance))
+
+
 class Configured:
     """Adds `match_diffusers` to the configuration of a scheduler of diffusers."""
 
@@ -242,9 +258,19 @@ class Multistep(Configured):
         return self._rows[i]
 
     def _advanced(
-        self, row: Row, output: Tensor, sample: Tensor, noise: Tensor | None = None
+        self,
+        row: Row,
+        output: Tensor,
+        sample: Tensor,
+        unconditional: Tensor | None,
+        guidance: float | Tensor | None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """The sample after the row; its history and its place in the schedule move on."""
+        if self._limits is not None or row.folded:
+            output = guided(output, unconditional, guidance)
+            unconditional = guidance = None
+        check_guidance(unconditional, guidance)
         if self._limits is not None:
             output = self._thresholded(output, sample, row)
         outputs = self.model_outputs
@@ -254,26 +280,25 @@ class Multistep(Configured):
                 f"step {self._step_index} needs {row.reads} earlier outputs, which are not there:"
                 " call set_timesteps before a new run"
             )
-        if row.direct:
+        entry: Tensor | None = output
+        if row.direct and unconditional is None:
             moved = exp_step(sample, (output, *history), row.direct, noise=noise)
-            entry = output
-            if row.entry != (0.0, 1.0):
+            if row.folded:
                 entry = exp_step(sample, (output,), row.entry)
-            corrected = sample
+            self.last_sample = sample
         else:
-            base = self.last_sample if row.corrects else None
-            corrected, moved, entry, _ = solver_step(  # type: ignore[assignment]
+            base, moved, entry, _ = solver_step(
                 sample,
                 output,
                 row.fused,
                 history,
-                base=base,
+                base=self.last_sample if row.corrects else None,
+                unconditional=unconditional,
+                guidance=guidance,
                 noise=noise,
                 looks_ahead=row.looks_ahead,
             )
-            if not row.corrects:
-                corrected = sample
-        self.last_sample = corrected
+            self.last_sample = base if row.corrects else sample
         outputs.append(entry)
         del outputs[0]
         self.lower_order_nums = min(self.lower_order_nums + 1, len(outputs))

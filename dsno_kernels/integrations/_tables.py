@@ -63,6 +63,7 @@ class Row(NamedTuple):
     Args:
         direct: coefficients of `exp_step` on (x, m, h_1, ..) where that is the whole step; empty
             where `fused` is taken.
+        folded: `direct` has A and B multiplied in, and h_0 is another call.
         fused: a row of `solver_step`.
         entry: A and B, by which h_0 = A x + B m.
         to_x0: the same for x_0 itself.
@@ -73,6 +74,7 @@ class Row(NamedTuple):
     """
 
     direct: tuple[float, ...]
+    folded: bool
     fused: tuple[float, ...]
     entry: tuple[float, float]
     to_x0: tuple[float, float]
@@ -206,12 +208,14 @@ def _row(
     a, c, s, a_p, c_p = numbers
     K = 1 + max((j for j in range(len(c)) if c[j] != 0 or c_p[j] != 0), default=0)
     c, c_p = c[:K], c_p[:K]
+    plain = entry == (0.0, 1.0)
     direct: tuple[float, ...] = ()
-    if not corrects and (entry == (0.0, 1.0) or abs(a) > _STEEP):
+    if not corrects and (plain or abs(a) > _STEEP):
         noise = (s,) if s else ()
         direct = (a + c[0] * entry[0], c[0] * entry[1], *c[1:], *noise)
     return Row(
         direct=direct,
+        folded=bool(direct) and not plain,
         fused=(*entry, a, *c, s, a_p, *c_p, 1.0),
         entry=entry,
         to_x0=to_x0,

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from dsno_kernels.integrations._ddim import DDIM
-from dsno_kernels.integrations._multistep import Multistep
+from dsno_kernels.integrations._multistep import Multistep, guided
 from dsno_kernels.integrations._tables import Solver
 
 try:
@@ -122,12 +122,19 @@ class FusedDEISMultistepScheduler(Multistep, DEISMultistepScheduler):  # type: i
         timestep: int | Tensor,
         sample: Tensor,
         return_dict: bool = True,
+        *,
+        unconditional: Tensor | None = None,
+        guidance: float | Tensor | None = None,
     ) -> Any:
-        """The sample at the next timestep, as the original returns it."""
+        """The sample at the next timestep, as the original returns it.
+
+        With the unconditional output u and a scale g, both optional and not of the original,
+        classifier-free guidance u + g (model_output - u) is done in the same pass.
+        """
         row = self._row(timestep)
         if model_output.dtype != sample.dtype:
             sample = sample.to(torch.promote_types(model_output.dtype, sample.dtype))
-        moved = self._advanced(row, model_output, sample)
+        moved = self._advanced(row, model_output, sample, unconditional, guidance)
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
 
@@ -181,8 +188,13 @@ class FusedDPMSolverMultistepScheduler(Multistep, DPMSolverMultistepScheduler): 
         generator: Any = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
+        *,
+        unconditional: Tensor | None = None,
+        guidance: float | Tensor | None = None,
     ) -> Any:
-        """The sample at the next timestep, as the original returns it."""
+        """The sample at the next timestep, as the original returns it; unconditional and guidance
+        as in :class:`FusedDEISMultistepScheduler`.
+        """
         row = self._row(timestep)
         config = self.config
         if (
@@ -190,6 +202,7 @@ class FusedDPMSolverMultistepScheduler(Multistep, DPMSolverMultistepScheduler): 
             and config.prediction_type == "epsilon"
         ):
             model_output = model_output[:, :3]
+            unconditional = None if unconditional is None else unconditional[:, :3]
         noise = None
         if row.noisy:
             noise = variance_noise
@@ -201,7 +214,7 @@ class FusedDPMSolverMultistepScheduler(Multistep, DPMSolverMultistepScheduler): 
                     dtype=torch.float32,
                 )
             noise = noise.to(model_output.device, torch.float32)
-        moved = self._advanced(row, model_output, sample, noise)
+        moved = self._advanced(row, model_output, sample, unconditional, guidance, noise)
         entry = self.model_outputs[-1]
         assert entry is not None
         moved = moved.to(entry.dtype)
@@ -265,11 +278,18 @@ class FusedUniPCMultistepScheduler(Multistep, UniPCMultistepScheduler):  # type:
         timestep: int | Tensor,
         sample: Tensor,
         return_dict: bool = True,
+        *,
+        unconditional: Tensor | None = None,
+        guidance: float | Tensor | None = None,
     ) -> Any:
-        """The sample at the next timestep, as the original returns it."""
+        """The sample at the next timestep, as the original returns it; unconditional and guidance
+        as in :class:`FusedDEISMultistepScheduler`.
+        """
         if self.solver_p is not None:
+            model_output = guided(model_output, unconditional, guidance)
             return super().step(model_output, timestep, sample, return_dict)
-        moved = self._advanced(self._row(timestep), model_output, sample)
+        row = self._row(timestep)
+        moved = self._advanced(row, model_output, sample, unconditional, guidance)
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
 
@@ -289,8 +309,14 @@ class FusedDDIMScheduler(DDIM, DDIMScheduler):  # type: ignore[misc]
         generator: Any = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
+        *,
+        unconditional: Tensor | None = None,
+        guidance: float | Tensor | None = None,
     ) -> Any:
-        """The sample at the next timestep and the predicted x0, as the original returns them."""
+        """The sample at the next timestep and the predicted x0, as the original returns them;
+        unconditional and guidance as in :class:`FusedDEISMultistepScheduler`.
+        """
+        model_output = guided(model_output, unconditional, guidance)
         noise = None
         if eta > 0:
             if variance_noise is not None and generator is not None:

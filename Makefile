@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
 RESULTS ?= benchmarks/results
+MINUTES ?= 20
 
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint requirements/constraints.txt
 SOURCES = $(shell find csrc python_bindings -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
@@ -17,12 +18,12 @@ CPP_FILES = $(shell find csrc python_bindings tests -name '*.cpp' -o -name '*.h'
 help:
 	@echo "make demo    train a small DSNO on real digits, compare layers, write demo_output/"
 	@echo "make test    linters, type check and the tests"
-	@echo "make bench   benchmarks on this machine, and the tables of README.md"
+	@echo "make bench   benchmarks on this machine, in at most $(MINUTES) minutes, and the tables of README.md"
 	@echo "make fuzz    10,000 random cases against the reference"
 	@echo "make gpu     build, tests and benchmarks that need a GPU, in 9 minutes; GPU_OPTIONS=--help lists its options"
 	@echo "make lint    linters and type check alone;  make format: rewrite the files in style"
 	@echo "make clean   remove builds and caches (the environment $(VENV) stays)"
-	@echo "Settings: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV)"
+	@echo "Settings: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) MINUTES=$(MINUTES)"
 
 # Each step of the set-up leaves a stamp when it is complete; an interrupted step runs again.
 $(VENV)/.created:
@@ -66,7 +67,7 @@ format: setup
 
 bench: setup
 	mkdir -p $(RESULTS)
-	$(PY) -m pytest benchmarks --benchmark-only
+	$(PY) -m pytest benchmarks --benchmark-only --minutes $(MINUTES)
 	$(PY) benchmarks/report.py
 
 fuzz: setup

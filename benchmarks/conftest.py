@@ -8,6 +8,7 @@ them, with a journal.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from benchmarks.host_cuda import dry_run, on_gpu
 from benchmarks.peers import cases
 from benchmarks.shapes import Shape, shapes
 
+BEGUN = time.monotonic()
 RESULTS = Path(__file__).parent / "results"
 DRY_RUN = ("cifar_b32_32", "t16_32_c256_k8", "fno_k32")  # a shape of each order of axes and path
 
@@ -35,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         "--results",
         metavar="NAME",
         help="write benchmarks/results/NAME.json, also for a part of the suite",
+    )
+    group.addoption(
+        "--minutes", type=float, help="skip what has not begun when so much time has passed"
     )
     group.addoption(
         "--journal",
@@ -90,6 +95,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for shape, precision, peer in cases(kind, measured_shapes(metafunc.config))
     ]
     metafunc.parametrize("case", params)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - BEGUN > 60 * minutes:
+        pytest.skip(f"the {minutes:g} minutes of this run have passed")
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,22 @@ def test_benchmarks_run_on_small_shapes() -> None:
     assert " passed" in done.stdout
 
 
+def test_benchmarks_stop_when_their_time_has_passed() -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_overhead.py", "--minutes", "0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(
+        [*command, "--benchmark-disable", "-q", "-rs"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "the 0 minutes of this run have passed" in done.stdout
+    assert "10 skipped" in done.stdout and "passed in" not in done.stdout
+
+
 def conv_entry(peer: str, precision: str, direction: str, seconds: float) -> dict[str, Any]:
     return {
         "op": "spectral_conv",

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compile_ahead, events, gpu, host_cuda, journal, peers, shapes
+from benchmarks import (
+    bench_exp_step,
+    compile_ahead,
+    events,
+    gpu,
+    host_cuda,
+    journal,
+    peers,
+    shapes,
+)
 from tests import gpu_sanitizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -301,6 +310,42 @@ def test_a_dry_run_measures_and_reports(tmp_path: Path) -> None:
     assert all(entry["timing"].startswith("device events") for entry in timed)
     assert "Dry Run" in (tmp_path / "gpu_tables.md").read_text()
     assert "--tool memcheck --report-api-errors no" in (tmp_path / "gpu.log").read_text()
+
+
+# What of each file a dry run must keep: its peers, both passes, guidance, and the host's time.
+KEPT = {
+    "bench_spectral_conv": [
+        *("cifar_b32_32-", "t16_32_c256_k8-", "fno_k32-", "torch.compile(eager)-forward"),
+        *(f"-{precision}-dsno_kernels[cpu]-forward_b" for precision in peers.PRECISIONS["cuda"]),
+        *(f"-{peer.name.replace(' ', '_')}-" for peer in peers.PEERS if peer.when == peers.SOME),
+    ],
+    "bench_model": ["small-", "small_classes-", "CUDA graph", "one_graph"],
+    "bench_exp_step": [
+        *(
+            f"{peer}-{step}-1]"
+            for peer in bench_exp_step.SCHEDULERS
+            for step in ("plain", "guided")
+        ),
+        *("eager-guided-1]", "torch.compile-plain-1]", "overhead[diffusers DEIS-3-guided]"),
+    ],
+    "bench_schedulers": [
+        *(f"[{kind}-64" for kind in ("scheduler", "scheduler_loop")),
+        *("diffusers UniPC-3-guided-1]", "overhead[diffusers DEIS-3]"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_dry_run_takes_every_path_and_compiles_once(name: str, tmp_path: Path) -> None:
+    made = {stage.name: stage for stage in gpu.stages(tmp_path, tune=False, dry_run=True)}
+    attempted = ["--attempted", str(tmp_path / "attempted"), "--collect-only"]
+    done = dry_run(*made[name].command[1:], *attempted)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    chosen = [line for line in done.stdout.splitlines() if "::" in line]
+    for part in KEPT[name]:
+        assert any(part in line for line in chosen), part
+    assert len(chosen) < 140
+    assert sum("torch.compile" in line for line in chosen) <= 2  # one function, both passes
 
 
 def test_the_spectral_convolution_is_measured_in_a_dry_run(tmp_path: Path) -> None:

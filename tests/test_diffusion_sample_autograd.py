@@ -182,3 +182,34 @@ def test_no_graph_where_none_is_wanted() -> None:
     with torch.inference_mode():
         inside = diffusion.sample(network, x, plan)
     assert_close(inside, diffusion.sample(network, x, plan), 1e-13)
+
+
+@pytest.mark.parametrize("name", ["tab2", "unipc2"])
+def test_transforms_of_torch_func(name: str) -> None:
+    plan = SolverPlan.build(VP, torch.linspace(0.9, 0.1, 6, dtype=torch.float64), name)
+    network = Network()
+    x, v = torch.randn(2, 3, 5, dtype=torch.float64)
+
+    def run(x: Tensor) -> Tensor:
+        return diffusion.sample(network, x, plan)
+
+    def replayed(x: Tensor) -> Tensor:
+        return plan.replay(network, x)
+
+    def loss(x: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+        return of(x).square().sum()
+
+    _, ours = torch.func.jvp(run, (x,), (v,))
+    _, expected = torch.func.jvp(replayed, (x,), (v,))
+    assert_close(ours, expected, FLOAT64)
+    assert_close(torch.func.vmap(run)(x), replayed(x), FLOAT64)
+    each = torch.func.vmap(lambda row: torch.func.grad(loss)(row, run))(x)
+    assert_close(each, torch.func.grad(loss)(x, replayed), FLOAT64)
+
+
+@pytest.mark.parametrize("name", ["tab2", "unipc2", "heun"])
+def test_meta_tensors(name: str) -> None:
+    plan = SolverPlan.build(VP, torch.linspace(0.9, 0.1, 6, dtype=torch.float64), name)
+    x = torch.empty(3, 5, device="meta", dtype=torch.bfloat16)
+    y = diffusion.sample(lambda x, t: torch.tanh(x), x, plan, frames=[0, 5])
+    assert y.shape == (3, 2, 5) and y.is_meta and y.dtype == torch.bfloat16

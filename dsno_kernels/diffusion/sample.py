@@ -75,7 +75,7 @@ def sample(
             flow, as `plan.history` says). If it returns True sampling stops with that state.
         progress: show a bar (needs tqdm).
         check_finite: look, once at the end, whether the denoiser returned NaN or infinity. This
-            waits for the device.
+            waits for the device; under ``torch.func.vmap`` nothing is looked at.
         model_dtype: of the model's input; that of x_T by default.
         recompute: keep at most 8 states for the backward pass, however many rows there are, and
             call the denoiser again there: three calls a row up to 64 rows, of which two are in the
@@ -199,12 +199,23 @@ def _seeds(
 
 
 def _check_finite(plan: SolverPlan, finite: Tensor) -> None:
+    if not _readable(finite):
+        return
     for i, fine in enumerate(finite.tolist()):
         if not fine:
             raise ValueError(
                 f"the denoiser returned NaN or infinity at row {i} of the plan, t ="
                 f" {float(plan.model_times[i].detach()):.6g}"
             )
+
+
+def _readable(values: Tensor) -> bool:
+    """Whether there are numbers: not on the meta device, and not under `torch.func.vmap`."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(values):
+        if torch._C._functorch.is_batchedtensor(values):
+            return False
+        values = torch._C._functorch.get_unwrapped(values)
+    return not values.is_meta
 
 
 @contextlib.contextmanager

@@ -4,15 +4,18 @@ under sanitizers.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsno_kernels.backends import reference_steps
+import dsno_kernels as dk
+from dsno_kernels.backends import cpu, reference_steps
 from dsno_kernels.backends.cuda_steps import Steps
 from tests import step_shim
+from tests import test_solver_step as on_the_cpu
 from tests.helpers import FLOAT64, IO_BUDGET, assert_close
 from tests.strategies import tensor
 from tests.test_exp_step import STEP
@@ -64,8 +67,7 @@ FORMS = ("numbers", "row", "rows", "bfloat16", "index", "indices")
 def check_exp_step(steps: Steps, tensors: list[Tensor], **options: Any) -> Tensor:
     options = {"head": None, "ring": 0, "out_dtype": tensors[0].dtype} | options
     y = steps.exp_step(tensors, **options)
-    options |= {"out_dtype": torch.float64, "out": None}
-    options.pop("out")
+    options["out_dtype"] = F64
     exact = reference_steps.exp_step([t.double() for t in tensors], **options)
     assert_close(
         y,
@@ -85,6 +87,90 @@ def test_exp_step(steps: Steps, dtype: torch.dtype, size: int, form: str) -> Non
         check_exp_step(steps, tensors, **rows_of(form, terms, 3))
 
 
+def check_backward(
+    steps: Steps, g: Tensor, tensors: list[Tensor], per_sample: bool, **options: Any
+) -> None:
+    columns, dtypes = [0, 2, 3], [F32, tensors[2].dtype, tensors[3].dtype]
+    options |= {"columns": columns, "per_sample": per_sample}
+    grads, dots = steps.exp_step_backward(g, tensors, dtypes=dtypes, **options)
+    exact, exact_dots = reference_steps.exp_step_backward(
+        g.double(), [t.double() for t in tensors], dtypes=[F64] * 3, **options
+    )
+    for grad, expected, dtype in zip(grads, exact, dtypes, strict=True):
+        assert grad.dtype == dtype
+        assert_close(grad, expected, max(STEP, BUDGETS[dtype]))
+    assert dots.dtype == F64 and dots.shape == exact_dots.shape
+    # Against the size of the terms: a dot product may cancel.
+    size = g.double().norm() * max(t.double().norm() for t in tensors)
+    assert (dots - exact_dots).abs().max() <= STEP * size
+    again = steps.exp_step_backward(g, tensors, dtypes=dtypes, **options)
+    assert torch.equal(again[1], dots)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [1, 35, 9001])
+@pytest.mark.parametrize("dtypes", [(F32,), (BF16,), (F64,), (F32, BF16, F16)])
+def test_exp_step_backward(
+    steps: Steps, dtypes: tuple[torch.dtype, ...], size: int, form: str
+) -> None:
+    g, *tensors = (torch.randn(3, size).to(dtypes[j % len(dtypes)]) for j in range(6))
+    rows = rows_of(form, 5, 3)
+    for per_sample in (False, True):
+        check_backward(steps, g, tensors, per_sample, **rows)
+    only = {"columns": [4], "dtypes": [F32], "per_sample": False}
+    (grad,), dots = steps.exp_step_backward(g, [], **rows, **only)
+    (exact,), _ = reference_steps.exp_step_backward(g.double(), [], **rows, **only)
+    assert_close(grad, exact, STEP)
+    assert dots.shape == (1, 0)
+
+
+def test_gradients_are_hidden_by_zeros(steps: Steps) -> None:
+    g = torch.full((3, 35), math.nan)
+    options = {"coefficients": None, "index": None, "columns": [0, 1], "dtypes": [F32] * 2}
+    grads, _ = steps.exp_step_backward(g, [], values=[0.0, 1.0], per_sample=False, **options)
+    assert grads[0].eq(0).all() and grads[1].isnan().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_zero_hides_what_it_multiplies(steps: Steps, form: str) -> None:
+    x, bad = torch.randn(3, 35), torch.full((3, 35), math.nan)
+    rows = rows_of(form, 3, 3)
+    if rows["coefficients"] is None:
+        rows["values"][1] = 0.0
+    else:
+        rows["coefficients"][..., 1] = 0
+    options = {"head": None, "ring": 0, "out_dtype": F32}
+    y = steps.exp_step([x, bad, x], **rows, **options)
+    assert_close(y, reference_steps.exp_step([x.double(), bad, x.double()], **rows).double(), STEP)
+
+
+def test_an_index_outside_of_its_table_is_clamped(steps: Steps) -> None:
+    x, table = torch.randn(2, 7), torch.randn(4, 1)
+    options = {"values": [], "head": None, "ring": 0, "out_dtype": F32}
+    index = torch.tensor([-3, 2**40])
+    y = steps.exp_step([x], coefficients=table, index=index, **options)
+    assert torch.equal(y, x * table[[0, 3]])
+
+
+@pytest.mark.parametrize("head", [0, 2, 7, -1])
+def test_a_ring_is_read_from_its_head_backwards_bitwise(sanitized: Steps, head: int) -> None:
+    x, ring, noise = torch.randn(2, 35), torch.randn(3, 2, 35), torch.randn(2, 35)
+    options = {"coefficients": torch.randn(5), "values": [], "index": None, "out_dtype": F32}
+    slots = torch.tensor(head, dtype=torch.int32)
+    y = sanitized.exp_step([x, *ring, noise], head=slots, ring=3, **options)
+    entries = [ring[(head - j) % 3] for j in range(3)]
+    assert torch.equal(y, sanitized.exp_step([x, *entries, noise], head=None, ring=0, **options))
+
+
+def test_in_place(sanitized: Steps) -> None:
+    x, h = torch.randn(2, 3, 35).unbind(0)
+    expected = 0.5 * x + 2 * h
+    options = {"coefficients": None, "index": None, "head": None, "ring": 0, "out_dtype": F32}
+    y = sanitized.exp_step([x, h], values=[0.5, 2.0], out=x, **options)
+    assert y is x
+    assert_close(x, expected.double(), STEP)
+
+
 @pytest.mark.parametrize("form", ["numbers", "indices"])
 @pytest.mark.parametrize("dtypes", [(F32,), (BF16,), (F64,), (F32, BF16, F16), (F16, F64, F32)])
 @pytest.mark.parametrize("memory", ["contiguous", "offset"])
@@ -95,3 +181,102 @@ def test_exp_step_touches_only_its_memory(
         tensors = [tensor((3, size), dtypes[j % len(dtypes)], memory, (0, 1)) for j in range(4)]
         for out_dtype in dtypes:
             check_exp_step(sanitized, tensors, out_dtype=out_dtype, **rows_of(form, 4, 3))
+    check_backward(sanitized, tensors[0], tensors, False, **rows_of(form, 4, 3))
+
+
+@pytest.fixture
+def behind_the_ops(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device code in place of the CPU kernels, so that their tests are its tests."""
+    for name in ("exp_step", "exp_step_backward", "solver_step"):
+        monkeypatch.setattr(cpu, name, getattr(steps, name))
+
+
+@pytest.mark.parametrize("K", [1, 3, 8])
+@pytest.mark.parametrize("case", sorted(on_the_cpu.CASES))
+def test_solver_step(behind_the_ops: None, case: str, K: int) -> None:
+    on_the_cpu.test_values("", case, K)
+
+
+def test_solver_step_in_other_dtypes(behind_the_ops: None) -> None:
+    on_the_cpu.test_dtypes_of_results("cpu")
+
+
+@pytest.mark.parametrize("tensor_head", [False, True])
+@pytest.mark.parametrize("k", [2, 3])
+def test_solver_step_writes_into_the_ring(behind_the_ops: None, k: int, tensor_head: bool) -> None:
+    on_the_cpu.test_a_ring_buffer_holds_the_history(k, tensor_head, "cpu")
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_solver_step_in_place(behind_the_ops: None, K: int) -> None:
+    on_the_cpu.test_in_place_with_inputs_that_are_the_state("cpu", K)
+
+
+def solver_options(**options: Any) -> dict[str, Any]:
+    names = "unconditional base head noise seed table index guidance scale low high"
+    plain = dict.fromkeys(names.split()) | {"values": [], "guidance_value": 1.0}
+    return plain | {"history": [], "looks_ahead": False} | options
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "offset"])
+@pytest.mark.parametrize("dtypes", [(F32,), (F32, BF16, F16), (F64, F32), (BF16,)])
+def test_solver_step_touches_only_its_memory(
+    sanitized: Steps, dtypes: tuple[torch.dtype, ...], memory: str
+) -> None:
+    """Everything at once: guidance, base, a ring with its head on the device, noise, clamp."""
+    table = on_the_cpu.row_of(4, 5).float()
+    for size in (1, 35, 1031):
+        point, output, u, base, noise, *slots = (
+            tensor((2, size), dtypes[j % len(dtypes)], memory, (0, 1)) for j in range(8)
+        )
+        ring = torch.stack([slot.to(dtypes[0]) for slot in slots])
+        options = solver_options(
+            unconditional=u, base=base, history=list(ring), noise=noise, table=table,
+            index=torch.tensor([3, 1]), head=torch.tensor(1), guidance=torch.tensor([2.5, 0.5]),
+            low=-2.0, high=1.5, looks_ahead=True,
+        )  # fmt: skip
+        wanted = [base.dtype, point.dtype, None, F32]
+        exact_ring = ring.double().clone()
+        widened = options | {"unconditional": u.double(), "base": base.double()}
+        widened["noise"] = noise.double()
+        widened["history"] = list(ring.double().clone())
+        exact = reference_steps.solver_step(
+            point.double(), output.double(), dtypes=[F64, F64, None, F64], ring=exact_ring,
+            **widened,
+        )  # fmt: skip
+        found = sanitized.solver_step(point, output, dtypes=wanted, ring=ring, **options)
+        assert found[2] is None
+        for actual, expected, dtype in zip(found, exact, wanted, strict=True):
+            if dtype is not None:
+                assert actual.dtype == dtype
+                assert_close(actual, expected, max(4 * STEP, BUDGETS[dtype]))
+        assert_close(ring, exact_ring, max(4 * STEP, BUDGETS[ring.dtype]))
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "offset"])
+@pytest.mark.parametrize("size", [1, 35, 1031])
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+def test_noise_is_that_of_the_definition(
+    steps: Steps, dtype: torch.dtype, size: int, memory: str
+) -> None:
+    """In every kernel and for every place in a block of four; log, sqrt, cos and sin of float32
+    numbers up to 6.7 are rounded to 6e-8 each.
+    """
+    x, seed = tensor((3, size), dtype, memory, (0, 1)), torch.tensor([2**62 + 11, 2**33 + 5])
+    rows = torch.tensor([on_the_cpu.NOISE_ROW]).expand(3, 8)
+    options = {"seed": seed, "dtypes": [F64 if dtype == F64 else F32, None, None, None]}
+    exact = reference_steps.normal_noise(seed, 3 * size).reshape(3, size)
+    for row in ({"table": rows}, {"values": on_the_cpu.NOISE_ROW}):
+        drawn = steps.solver_step(x, x, **solver_options(**row, **options))[0]
+        bound = 1e-14 if dtype == F64 else 2e-6
+        assert (drawn.double() - exact).abs().max() <= bound
+    other = steps.solver_step(x, x, **solver_options(**row, **options | {"seed": seed + 1}))[0]
+    assert (other - drawn).abs().max() > 1e-3
+
+
+def test_noise_of_the_cpu_kernels(steps: Steps) -> None:
+    x, seed = torch.zeros(1031), torch.tensor([5, 7])
+    row = {"values": on_the_cpu.NOISE_ROW, "seed": seed, "dtypes": [F32, None, None, None]}
+    drawn = steps.solver_step(x, x, **solver_options(**row))[0]
+    same = dk.solver_step(x, x, on_the_cpu.NOISE_ROW, seed=seed, backend="cpu").base
+    assert (drawn - same).abs().max() <= 4e-6

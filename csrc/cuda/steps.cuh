@@ -14,7 +14,6 @@ namespace dsno {
 constexpr int kMaxTerms = 10;  // x, eight entries of history, noise
 constexpr int kMaxOrder = 8;   // entries of history of a solver step, the new one included
 constexpr int kMaxColumns = 2 * kMaxOrder + 6;
-constexpr int kStepBlocks = 8;  // blocks that fit a multiprocessor at once: 64 registers a thread
 
 enum DType : int { kAny = -1, kFloat32, kFloat16, kBFloat16, kFloat64, kInt32, kInt64 };
 
@@ -132,6 +131,9 @@ __device__ inline void convert(const Raw<A, N>& raw, int dtype, A* x) {
 
 template <typename T, int N, typename A>
 __device__ inline void write_as(char* data, i64 i, const A* x) {
+#if defined(__CUDA_ARCH__)
+    __builtin_assume(__isGlobal(data));
+#endif
     if constexpr (sizeof(T) <= sizeof(A)) {
         Accumulator<T> wide[N];
 #pragma unroll
@@ -186,8 +188,8 @@ __device__ inline void for_elements(i64 sample, i64 size, i64 part, i64 parts, c
 
 }  // namespace dsno
 
-#define DSNO_DEFINE_STEP_KERNEL(name, Params, function)                             \
-    extern "C" __global__ void __launch_bounds__(dsno::kThreads, dsno::kStepBlocks) \
-        name(const dsno::Params params) {                                           \
-        function(params);                                                           \
+#define DSNO_DEFINE_STEP_KERNEL(name, Params, function)                                 \
+    extern "C" __global__ void __launch_bounds__(dsno::kThreads, dsno::Params::kBlocks) \
+        name(const dsno::Params params) {                                               \
+        function(params);                                                               \
     }

@@ -101,3 +101,5 @@ def _launch_step(kernel: str, grid: int, params: bytes, tensors: Sequence[Tensor
 
 _steps = Steps(_launch_step)
 exp_step = _steps.exp_step
+exp_step_backward = _steps.exp_step_backward
+solver_step = _steps.solver_step

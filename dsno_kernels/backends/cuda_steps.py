@@ -10,6 +10,7 @@ and `new_base` name memory to write into.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 
@@ -36,12 +37,18 @@ _THREADS, _TERMS, _ORDER, _COLUMNS = 128, 10, 8, 22  # kThreads, kMaxTerms, kMax
 _BLOCKS = 16384
 _MAX_GRID = 2**31 - 1
 
+# Vectors of a thread in a round of exp_step_backward.
+_ROUNDS = {"f32_v4": 4, "any_v8": 2, "any_v1": 8, "f64_v2": 2, "f64_v1": 4}
+
+_DOTS = struct.Struct("<5q")
+_BACKWARD = struct.Struct(f"<{5 + 2 * (1 + 2 * _TERMS) + 8}q{_COLUMNS}d")
+_SOLVER_STEP = struct.Struct(f"<{8 + 2 * (13 + _ORDER) + 8}q{_COLUMNS + 3}d")
 _EXP_STEP = struct.Struct(f"<{5 + 2 * (2 + _TERMS) + 8}q{_COLUMNS}d")
 
 
 def source_of(kernel: str) -> str:
     """The file of a kernel in csrc/cuda."""
-    return next(f"{op}.cuh" for op in ("exp_step",) if kernel.startswith(op))
+    return next(f"{op}.cuh" for op in ("exp_step", "solver_step") if kernel.startswith(op))
 
 
 def _data(x: Tensor | None) -> tuple[int, int]:
@@ -129,3 +136,135 @@ class Steps:
         touched = _present(y, *terms, coefficients, index, head)
         self.launch(f"exp_step_{kind}", min(samples * parts, _MAX_GRID), params, touched)
         return y
+
+    @torch.no_grad()
+    def exp_step_backward(
+        self,
+        g: Tensor,
+        tensors: Sequence[Tensor],
+        *,
+        coefficients: Tensor | None,
+        values: Sequence[float],
+        index: Tensor | None,
+        columns: Sequence[int],
+        dtypes: Sequence[torch.dtype],
+        per_sample: bool,
+    ) -> tuple[list[Tensor], Tensor]:
+        split = per_sample or _per_sample(coefficients, index)
+        layout = _dense.output_like(g, g.dtype, split)
+        g = _dense.laid_out_like(g, layout)
+        vs = [_dense.laid_out_like(v, layout) for v in tensors]
+        grads = [
+            torch.empty_strided(layout.shape, layout.stride(), dtype=dtype, device=g.device)
+            for dtype in dtypes
+        ]
+        samples, elements = g.shape[0] if split else 1, g.numel()
+        size, terms = elements // samples, max(len(vs), max(columns, default=-1) + 1)
+        kind, width = _kind([g, *vs, *grads])
+        parts = _parts(samples, size, _THREADS * width * _ROUNDS[kind])
+        shares = g.new_empty((samples * parts, terms) if vs else (0,), dtype=torch.float64)
+        by_column = dict(zip(columns, grads, strict=True))
+        params = _BACKWARD.pack(
+            samples, size, parts, terms, shares.data_ptr(), *_data(g), *_datas(vs, _TERMS),
+            *_datas([by_column.get(j) for j in range(terms)], _TERMS),
+            *_rows(coefficients, index, values),
+        )  # fmt: skip
+        touched = _present(g, *vs, *grads, shares, coefficients, index)
+        self.launch(f"exp_step_backward_{kind}", min(samples * parts, _MAX_GRID), params, touched)
+        outputs = samples if per_sample else 1
+        dots = g.new_empty((outputs, terms if vs else 0), dtype=torch.float64)
+        if vs:
+            blocks = samples * parts // outputs
+            params = _DOTS.pack(shares.data_ptr(), dots.data_ptr(), outputs, blocks, terms)
+            self.launch("exp_step_dots", min(dots.numel(), _MAX_GRID), params, [dots, shares])
+        return grads, dots[:, : len(vs)].contiguous()
+
+    @torch.no_grad()
+    def solver_step(
+        self,
+        point: Tensor,
+        output: Tensor,
+        *,
+        unconditional: Tensor | None,
+        base: Tensor | None,
+        history: Sequence[Tensor],
+        head: Tensor | None,
+        noise: Tensor | None,
+        seed: Tensor | None,
+        table: Tensor | None,
+        values: Sequence[float],
+        index: Tensor | None,
+        guidance: Tensor | None,
+        guidance_value: float,
+        scale: Tensor | None,
+        low: float | None,
+        high: float | None,
+        looks_ahead: bool,
+        dtypes: Sequence[torch.dtype | None],
+        new_base: Tensor | None = None,
+        ring: Tensor | None = None,
+        slot: int = 0,
+    ) -> list[Tensor | None]:
+        guided_rows = guidance is not None and guidance.ndim == 1
+        per_sample = _per_sample(table, index) or scale is not None or guided_rows
+        layout = _dense.output_like(point, point.dtype, per_sample)
+        K = (len(values) if table is None else table.shape[-1]) // 2 - 3
+        entries = list(history if head is not None else history[: K - 1])
+        inputs = [point, output, unconditional, base, noise, *entries]
+
+        # h_0 goes into one slot of the ring, which the head chooses on the device.
+        entry, entry_slots = None, 0
+        if ring is not None and _dense.same_layout(ring[0], layout):
+            if head is None:
+                entry = ring[slot]
+                inputs = _dense.untangled(inputs, entry)
+            else:
+                entry, entry_slots = ring[0], ring.stride(0) * ring.element_size()
+                inputs[:5] = _dense.untangled(inputs[:5], ring)
+        in_place = None
+        if new_base is not None and _dense.same_layout(new_base, layout):
+            in_place = new_base
+            inputs = _dense.untangled(inputs, in_place)
+        inputs = [None if x is None else _dense.laid_out_like(x, layout) for x in inputs]
+
+        wanted = list(dtypes)
+        wanted[0] = new_base.dtype if new_base is not None else dtypes[0]
+        wanted[2] = ring.dtype if ring is not None else dtypes[2]
+        given = [in_place, None, entry, None]
+        outputs = [
+            x
+            if x is not None or dtype is None
+            else torch.empty_strided(
+                layout.shape, layout.stride(), dtype=dtype, device=point.device
+            )
+            for x, dtype in zip(given, wanted, strict=True)
+        ]
+        scale = None if scale is None else scale.contiguous()
+        seed = None if seed is None else seed.contiguous()
+        samples, elements = point.shape[0] if per_sample else 1, point.numel()
+        size = elements // samples
+        kind, width = _kind([*inputs, *outputs])
+        parts = _parts(samples, size, _THREADS * width)
+        params = _SOLVER_STEP.pack(
+            samples, size, parts, K, looks_ahead, len(entries), entry_slots,
+            guidance.stride(0) if guidance is not None and guided_rows else 0,
+            *_data(head), *_datas(inputs[:5], 5), *_datas(inputs[5:], _ORDER),
+            *_datas(outputs, 4), *_datas([seed, guidance, scale], 3),
+            *_rows(table, index, values), guidance_value,
+            -math.inf if low is None else low, math.inf if high is None else high,
+        )  # fmt: skip
+        touched = _present(*inputs, *outputs, head, seed, guidance, scale, table, index)
+        self.launch(f"solver_step_{kind}", min(samples * parts, _MAX_GRID), params, touched)
+
+        if new_base is not None and in_place is None and outputs[0] is not None:
+            new_base.copy_(outputs[0])
+        if ring is not None and entry is None and outputs[2] is not None:
+            if head is None:
+                ring[slot].copy_(outputs[2])
+            else:
+                after = (head + 1) % ring.shape[0]
+                ring.index_copy_(0, after.reshape(1), outputs[2].unsqueeze(0))
+        return [
+            None if dtype is None or x is None else x.to(dtype)
+            for x, dtype in zip(outputs, dtypes, strict=True)
+        ]

@@ -12,7 +12,18 @@
 #include <string>
 
 #include "cuda_shim.h"
+
+inline void sincospi(double x, double* sine, double* cosine) {
+    *sine = std::sin(M_PI * x);
+    *cosine = std::cos(M_PI * x);
+}
+inline void sincospif(float x, float* sine, float* cosine) {
+    *sine = static_cast<float>(std::sin(M_PI * x));
+    *cosine = static_cast<float>(std::cos(M_PI * x));
+}
+
 #include "exp_step.cuh"
+#include "solver_step.cuh"
 
 namespace {
 
@@ -31,7 +42,8 @@ struct Row {
 
 #define DSNO_KERNEL_ROW(name, Params, function) \
     {#name, sizeof(dsno::Params), run<dsno::Params, name>},
-const Row kKernels[] = {DSNO_EXP_STEP_KERNELS(DSNO_KERNEL_ROW)};
+const Row kKernels[] = {DSNO_EXP_STEP_KERNELS(DSNO_KERNEL_ROW)
+                            DSNO_SOLVER_STEP_KERNELS(DSNO_KERNEL_ROW)};
 #undef DSNO_KERNEL_ROW
 
 void read(void* to, size_t bytes, std::FILE* file) {

@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsno_kernels as dk
 from dsno_kernels import backends
-from dsno_kernels.backends import Request, _composed, _transforms, cuda
+from dsno_kernels.backends import Request, _composed, _transforms, cuda, reference
 from dsno_kernels.backends._composed import Composed, Launch
 from dsno_kernels.backends._transforms import Plan
 from tests import oracle, shim
@@ -163,6 +166,19 @@ def test_spectra_are_planar_where_pixels_are_neighbors(on_the_cpu: list[Plan]) -
     ]
 
 
+class Products(TorchDispatchMode):
+    """Records the dtype of every batched product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
 class TestTf32:
     """PyTorch's switch lowers the products of cuBLAS only where the precision allows it."""
 
@@ -179,6 +195,7 @@ class TestTf32:
         monkeypatch.setattr(torch, "bmm", record)
         before = torch.get_float32_matmul_precision()
         yield seen
+        torch.backends.fp32_precision = "none"
         torch.set_float32_matmul_precision(before)
 
     @pytest.mark.parametrize("setting", ["highest", "high", "medium"])
@@ -189,9 +206,65 @@ class TestTf32:
         torch.set_float32_matmul_precision(setting)
         matrix = torch.randn(1, 2, 2, dtype=torch.complex64)
         _composed.products(matrix, matrix, precision)
-        tf32 = setting != "highest" and precision in ("tf32", "bf16")
-        assert (bmm[-1] == "tf32") == tf32
+        assert (bmm[-1] == "tf32") == (setting != "highest" and precision == "bf16")
         assert torch.get_float32_matmul_precision() == setting
+
+    def test_an_inherited_switch_stays_inherited(self, bmm: list[str]) -> None:
+        """One call used to pin it: a later global "ieee" did not arrive."""
+        matmul = torch.backends.cuda.matmul
+        matmul.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        matrix = torch.randn(1, 2, 2, dtype=torch.complex64)
+        _composed.products(matrix, matrix, "fp32")
+        assert bmm == ["ieee"] and matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+
+    @pytest.mark.parametrize("inherited", ["none", "ieee"])
+    def test_a_switch_of_its_own_stays_its_own(self, bmm: list[str], inherited: str) -> None:
+        torch.backends.fp32_precision = inherited
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        matrix = torch.randn(1, 2, 2, dtype=torch.complex64)
+        _composed.products(matrix, matrix, "fp32")
+        assert bmm == ["ieee"] and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+    @pytest.mark.parametrize("capability", [(7, 5), (8, 0)], ids=str)
+    @pytest.mark.parametrize("setting", ["highest", "high"])
+    @pytest.mark.parametrize("precision", BUDGETS)
+    def test_the_reference_goes_where_tf32_does_not_reach(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        capability: tuple[int, int],
+        setting: str,
+        precision: str,
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        torch.set_float32_matmul_precision(setting)
+        with FakeTensorMode(), Products() as seen:
+            spectrum = torch.empty(4, 2, 3, device="cuda", dtype=torch.complex64)
+            product = reference._einsum("bki,bko->kio", spectrum, spectrum, precision)
+        wide = setting == "high" and precision != "bf16" and capability == (8, 0)
+        assert seen.dtypes == [torch.complex128 if wide else torch.complex64]
+        assert product.dtype == torch.complex64
+
+    def test_gradients_of_the_reference_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They run after it has returned, so it cannot guard them with the switch."""
+        asked: list[str] = []
+
+        def widened(spectrum: Tensor, precision: str) -> Tensor:
+            asked.append(precision)
+            return spectrum.to(torch.complex128)
+
+        monkeypatch.setattr(reference, "out_of_reach", widened)
+        x, weight, g = torch.randn(2, 4, 3), torch.randn(3, 5, 2, 2), torch.randn(2, 4, 5)
+        with Products() as seen:
+            y, pull = torch.func.vjp(dk.spectral_conv, x, weight)
+            grads = pull(g)
+        assert seen.dtypes == [torch.complex128] * 3 and asked == ["fp32"] * 2
+        exact, pull = torch.func.vjp(oracle.spectral_conv, x.double(), weight.double())
+        for found, right in zip((y, *grads), (exact, *pull(g.double())), strict=True):
+            assert found.dtype == torch.float32
+            assert_close(found, right, BUDGETS["fp32"])
 
     def test_the_switch_is_back_after_a_failure(self) -> None:
         torch.backends.cuda.matmul.fp32_precision = "tf32"

@@ -9,7 +9,6 @@ in the tables. bias, LeakyReLU, residual and sign bits are PyTorch operations be
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from dsno_kernels import _layout
 from dsno_kernels._layout import Axes
 from dsno_kernels.backends import Request, reference
+from dsno_kernels.backends._matmul import products
 from dsno_kernels.backends._transforms import (
     TYPES,
     Axis,
@@ -32,30 +32,6 @@ from dsno_kernels.precision import compute_dtype
 
 # Launches a plan: input, output, table.
 Launch = Callable[[Plan, Tensor, Tensor, Tensor], None]
-
-# The precisions whose budgets TF32 products would break.
-_EXACT = ("fp32", "bf16x3")
-_switch = threading.Lock()
-
-
-def products(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """`torch.bmm` of complex matrices, in full float32 where `precision` asks for it.
-
-    PyTorch's TF32 switch is of the process: it is turned off for the time of the launch, and only
-    where it is on. Products that other threads launch meanwhile are at most more accurate.
-    """
-    if precision not in _EXACT:
-        return torch.bmm(a, b)
-    matmul = torch.backends.cuda.matmul
-    with _switch:
-        before = matmul.fp32_precision
-        if before != "tf32":
-            return torch.bmm(a, b)
-        matmul.fp32_precision = "ieee"
-        try:
-            return torch.bmm(a, b)
-        finally:
-            matmul.fp32_precision = before
 
 
 class Spectra(NamedTuple):

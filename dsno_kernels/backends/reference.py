@@ -21,6 +21,7 @@ from torch import Tensor
 from dsno_kernels import _layout
 from dsno_kernels._modes import alpha
 from dsno_kernels.backends import Request
+from dsno_kernels.backends._matmul import out_of_reach
 from dsno_kernels.backends.reference_norm import group_norm_silu as group_norm_silu
 from dsno_kernels.backends.reference_norm import (
     group_norm_silu_backward as group_norm_silu_backward,
@@ -52,6 +53,12 @@ def _real_where_self_conjugate(spectrum: Tensor, n: int, dim: int) -> Tensor:
 
 def _irfft(spectrum: Tensor, n: int, dim: int) -> Tensor:
     return torch.fft.irfft(_real_where_self_conjugate(spectrum, n, dim), n=n, dim=dim)
+
+
+def _einsum(equation: str, a: Tensor, b: Tensor, precision: str) -> Tensor:
+    """`torch.einsum` whose products, and those of its gradients, TF32 does not lower."""
+    product = torch.einsum(equation, out_of_reach(a, precision), out_of_reach(b, precision))
+    return product.to(a.dtype)
 
 
 def _alpha(modes: int, n: int, like: Tensor) -> Tensor:
@@ -89,7 +96,8 @@ def spectral_conv(
             identity.
         x_positive: sign bits that belong to x: x is multiplied by 1 where they are set, else by
             `negative_slope` (the backward of LeakyReLU, before the transform).
-        precision: ignored here; this backend computes in float32 or float64.
+        precision: this backend computes in float32 or float64; "bf16" lets PyTorch's TF32 switch
+            lower the products.
     """
     dtype = torch.promote_types(compute_dtype(x.dtype), weight.dtype)
     with torch.autocast(x.device.type, enabled=False):
@@ -103,12 +111,12 @@ def spectral_conv(
         W = torch.view_as_complex(weight.to(dtype).contiguous())
         if adjoint:
             T = x.shape[time_dim]
-            Y = torch.einsum("...ko,iok->...ki", X, W.conj())
+            Y = _einsum("...ko,iok->...ki", X, W.conj(), precision)
             modes = W.shape[2]
             scale = (_alpha(modes, T, Y.real) / T) / (_alpha(modes, n, Y.real) / n)
             Y = Y * scale.unsqueeze(-1)
         else:
-            Y = torch.einsum("...ki,iok->...ko", X, W)
+            Y = _einsum("...ki,iok->...ko", X, W, precision)
         h = _irfft(Y, n, -2)
         if bias is not None:
             h = h + bias.to(dtype)
@@ -141,7 +149,8 @@ def spectral_conv_weight_grad(
             )
         X = _rfft(x.to(dtype).movedim((time_dim, channel_dim), (-2, -1)), modes, -2)
         G = _rfft(grad_output.to(dtype).movedim((time_dim, channel_dim), (-2, -1)), modes, -2)
-        dW = torch.einsum("nki,nko->iok", X[None].flatten(0, -3).conj(), G[None].flatten(0, -3))
+        X, G = X[None].flatten(0, -3), G[None].flatten(0, -3)
+        dW = _einsum("nki,nko->iok", X.conj(), G, precision)
         n = grad_output.shape[time_dim]
         return torch.view_as_real(dW * (_alpha(modes, n, dW.real) / n))
 

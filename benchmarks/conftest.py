@@ -97,6 +97,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("case", params)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What matters most first: a run may end before the last."""
+    items.sort(key=lambda item: item.path.stem != "bench_spectral_conv")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     minutes = item.config.getoption("--minutes")
     if minutes is not None and time.monotonic() - BEGUN > 60 * minutes:

@@ -127,8 +127,9 @@ def exp_step(results: list[Result]) -> str:
     text.append(
         "`time` is that of `exp_step`, guided of `solver_step`, which also writes the new entry of"
         " history; `of copy` is the share of the rate of a copy with as many threads in the same"
-        " run. Then the speed-up over each peer, timed in turns with it: the same arithmetic in"
-        " PyTorch, and whole steps of diffusers' schedulers."
+        " run, above 100% where the tensors stay in the caches. Then the speed-up over each peer,"
+        " timed in turns with it: the same arithmetic in PyTorch, and whole steps of diffusers'"
+        " schedulers."
     )
     return "\n\n".join(text)
 
@@ -138,6 +139,6 @@ def schedulers(results: list[Result]) -> str:
     text = [part for result in results for part in parts(result, "scheduler")]
     text.append(
         "In each column the time of our scheduler and its speed-up over that of diffusers, timed in"
-        " turns with it; a guided step counts the combination of the model's two outputs too."
+        " turns with it; a guided step combines the model's two outputs too, ours in the same pass."
     )
     return "\n\n".join(text)

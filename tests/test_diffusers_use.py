@@ -346,6 +346,30 @@ def test_bad_schedules(name: str, options: dict[str, Any], message: str) -> None
         ours(name).set_timesteps(**options)
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_schedule_that_is_refused_leaves_none(name: str) -> None:
+    scheduler = scheduled(ours(name))
+    with pytest.raises(ValueError, match="are both"):
+        scheduler.set_timesteps(1000)
+    with pytest.raises(ValueError, match="call set_timesteps before step"):
+        scheduler.step(start(), 999, start())
+
+
+def test_own_timesteps_that_end_at_0() -> None:
+    """The sigma of timestep 0 is the smallest: the last step goes on to 0."""
+    name, config = "DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}
+    results = []
+    for match in (False, True):
+        scheduler = ours(name, **config, match_diffusers=match)
+        scheduler.set_timesteps(timesteps=[800, 400, 0])
+        results.append(run(scheduler, start()))
+        assert (float(scheduler.sigmas[-1]) == 0) is not match
+    theirs = original(name, **config)
+    theirs.set_timesteps(timesteps=[800, 400, 0])
+    assert_close(results[1], run(theirs, start()), SINGLE)
+    assert rel_rms(results[0], results[1]) > 4 * SINGLE
+
+
 def test_own_schedule_and_configured_sigmas_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="exclude use_karras_sigmas=True"):
         ours("DEISMultistepScheduler", use_karras_sigmas=True).set_timesteps(timesteps=[9, 5])

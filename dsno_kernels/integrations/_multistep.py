@@ -149,6 +149,7 @@ class Multistep(Configured):
     ) -> None:
         """`set_timesteps`: the schedule of diffusers, or one's own, then the table."""
         config = self.config
+        self.num_inference_steps = None  # until all is done: no step with half a schedule
         shift = getattr(config, "flow_shift", None)
         keywords: dict[str, Any] = {} if mu is None else {"mu": mu}
         try:
@@ -161,7 +162,9 @@ class Multistep(Configured):
         finally:
             if shift is not None:
                 config.flow_shift = shift  # diffusers leaves that of mu for the next call
+        steps, self.num_inference_steps = self.num_inference_steps, None
         self._build(0)
+        self.num_inference_steps = steps
 
     def _usual_schedule(
         self, steps: int, device: str | torch.device | None, keywords: dict[str, Any]
@@ -181,9 +184,9 @@ class Multistep(Configured):
             original(steps, device, **keywords)
             if final is None and (chosen or config.use_flow_sigmas):
                 self.sigmas[-1] = 0.0  # DEIS: equal to the one before, as above
-            elif final == "sigma_min" and config.use_flow_sigmas:
+            elif config.use_flow_sigmas and self.sigmas[-1] >= self.sigmas[-2]:
                 smallest = self._shifted(np.array([1.0 / config.num_train_timesteps]), keywords)
-                self.sigmas[-1] = min(float(smallest[0]), float(self.sigmas[-1]))
+                self.sigmas[-1] = float(smallest[0])
 
     def _own_schedule(
         self,
@@ -222,12 +225,12 @@ class Multistep(Configured):
             own = given
             times = np.array([self._sigma_to_t(sigma, logs) for sigma in own]).round()  # type: ignore[attr-defined]
         final = getattr(config, "final_sigmas_type", "zero" if sigmas is not None else "sigma_min")
-        last = 0.0
-        if not ends_clean and final == "sigma_min":
-            last = 1.0 / config.num_train_timesteps if config.use_flow_sigmas else trained[0]
-        own = np.append(own, last)
+        smallest = 1.0 / config.num_train_timesteps if config.use_flow_sigmas else trained[0]
+        match = config.match_diffusers
+        to_smallest = final == "sigma_min" and not ends_clean and (match or own[-1] > smallest)
+        own = np.append(own, smallest if to_smallest else 0.0)
         for i in range(len(own) - 1):
-            if not own[i] > own[i + 1]:
+            if not own[i] > own[i + 1] and not (match and i == len(own) - 2):
                 raise ValueError(
                     f"sigmas must decrease strictly: sigma {i} is {own[i]:.6g}, sigma {i + 1} is"
                     f" {own[i + 1]:.6g}"

@@ -19,7 +19,9 @@ thresholding with sample_max_value=1: a clamp  the threshold of Imagen: the quan
 to [-1, 1]
 DPM-Solver of order 3: half the weight of the  the exact weight, which converges with order 3
 second difference, so order 2; the wrong sign
-in sde-dpmsolver++
+in sde-dpmsolver++, no such sde-dpmsolver
+UniPC with bh1, or on epsilon, to sigma = 0:   finite, in either way
+NaN
 =============================================  =====================================================
 
 Either way there is no cancellation at many steps (float32 coefficients of diffusers' DEIS are off

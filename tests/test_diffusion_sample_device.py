@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from dsno_kernels import diffusion
-from dsno_kernels.diffusion import EDM, SolverPlan, VPLinear, time_grid
+from dsno_kernels.diffusion import EDM, CapturedSampler, SolverPlan, VPLinear, time_grid
 from tests.helpers import assert_close
 from tests.test_capture import capture_on_the_host
 
 VP = VPLinear()
 FLOAT64 = 1e-13
+X = torch.zeros(2, 3, 4, dtype=torch.float64)
 CASES = {
     "tab3": {},
     "ddim": {},
@@ -143,3 +144,46 @@ def test_values_that_are_not_finite_name_their_row(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(ValueError, match="NaN or infinity at row 4 of the plan"):
         diffusion.sample(broken, torch.randn(2, 3, 4), plan, cuda_graph=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_captured_sampler_serves_many_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    capture_on_the_host(monkeypatch)
+    plan = plan_of(name)
+    shift = torch.zeros(())
+    options = {"kwargs": {"shift": 1.0}, "unconditional": {"shift": shift}, "guidance": 1.5}
+    sampler = CapturedSampler(model, X, plan, split_guidance=True, **options)
+    first = None
+    for call in range(2):
+        shift.fill_(call)
+        x = torch.randn(2, 3, 4, dtype=torch.float64)
+        more = {"generator": torch.Generator().manual_seed(call)}
+        expected = diffusion.sample(
+            model, x, plan, split_guidance=True, frames=[0, 20], **options, **more
+        )
+        more["generator"].manual_seed(call)
+        ours = sampler(x, **more)
+        assert_close(ours, expected[:, 1], FLOAT64)
+        more["generator"].manual_seed(call)
+        assert_close(sampler(x, frames=[0, 20], **more), expected, FLOAT64)
+        if first is None:
+            first = ours, ours.clone()
+    assert torch.equal(*first)  # not overwritten by later calls
+
+
+def test_what_a_captured_sampler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of("tab3", 4)
+    with pytest.raises(ValueError, match="needs x_T on a CUDA device, got cpu"):
+        CapturedSampler(model, X, plan)
+    capture_on_the_host(monkeypatch)
+    sampler = CapturedSampler(model, X, plan)
+    with torch.enable_grad():
+        assert not sampler(X.clone().requires_grad_()).requires_grad
+    with pytest.raises(TypeError, match=r"captured as torch.float64, got torch.float32"):
+        sampler(X.float())
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 4\) on cpu, got \(1, 3, 4\)"):
+        sampler(X[:1])
+    with pytest.raises(ValueError, match="starts from 0 history entries, got 1"):
+        sampler(X, history=[X])
+    with pytest.raises(ValueError, match="NaN or infinity at row 0"):
+        sampler(X * torch.nan)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsno_kernels import diffusion
-from dsno_kernels.diffusion import EDM, SolverPlan, VPLinear, time_grid
+from dsno_kernels.diffusion import EDM, CapturedSampler, SolverPlan, VPLinear, time_grid
 from tests.helpers import assert_close
 from tests.on_device import DEVICE, DRY_RUN, marks
 from tests.test_capture import capture_on_the_host
@@ -87,6 +87,20 @@ def test_a_cuda_graph_of_one_row_gives_the_same_sample(name: str) -> None:
 
     with torch.no_grad():
         assert_close(sampled(cuda_graph=True), sampled(), FLOAT32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_captured_sampler_serves_many_calls(name: str) -> None:
+    plan, network, x = problem(name)
+    sampler = CapturedSampler(network, x, plan)
+    for call in range(3):
+        x = torch.randn_like(x)
+        with torch.no_grad():
+            network.last.weight.mul_(1.1)
+            generator = torch.Generator().manual_seed(call)
+            expected = diffusion.sample(network, x, plan, generator=generator)
+        ours = sampler(x, generator=generator.manual_seed(call))
+        assert_close(ours, expected, FLOAT32)
 
 
 @pytest.mark.parametrize("name", ["tab3", "unipc3"])

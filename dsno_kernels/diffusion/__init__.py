@@ -1,5 +1,6 @@
 """Diffusion samplers: noising processes, time grids, and solver plans (tables of coefficients)."""
 
+from dsno_kernels.diffusion.captured import CapturedSampler
 from dsno_kernels.diffusion.discrete import DiscreteVP
 from dsno_kernels.diffusion.grids import time_grid
 from dsno_kernels.diffusion.plan import SolverPlan
@@ -17,6 +18,7 @@ from dsno_kernels.diffusion.solvers import solvers
 __all__ = [
     "EDM",
     "VE",
+    "CapturedSampler",
     "DiscreteVP",
     "FlowMatching",
     "Process",

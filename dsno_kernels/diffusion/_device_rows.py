@@ -23,9 +23,7 @@ class DeviceRows:
         base: the state; overwritten by the next row.
     """
 
-    def __init__(
-        self, setting: Setting, x: Tensor, history: Sequence[Tensor], check_finite: bool
-    ) -> None:
+    def __init__(self, setting: Setting, x: Tensor, check_finite: bool) -> None:
         plan, device = setting.plan, setting.device
         self.setting, self.calls = setting, setting.calls
         self.R, self.K = plan.evaluations, plan.history_length
@@ -34,8 +32,7 @@ class DeviceRows:
         self.c_in = c_in.detach().to(device) if setting.scaled else None
         self.times = setting.times.detach()
         self.seeds = setting.seeds
-        start, _ = setting.begin(x)
-        self.base = self.point = torch.empty_like(start).copy_(start)
+        self.base = self.point = torch.zeros_like(x, dtype=setting.dtype)
         self.ahead = bool(plan.looks_ahead.any())
         if self.ahead:
             self.point = self.base.clone()
@@ -45,22 +42,22 @@ class DeviceRows:
             strides = (max(self.base.numel(), 1), *self.base.stride())
             shape = (self.K, *self.base.shape)
             self.ring = torch.empty_strided(shape, strides, dtype=setting.dtype, device=device)
+            self.ring.zero_()
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.check_finite = check_finite
         self._numbers = torch.arange(self.R, device=device)
         self._sums = torch.zeros(self.R, dtype=setting.dtype, device=device)
-        self._start, self._history = start, history
         self._noisy = (plan.column("s") != 0).tolist()
-        self.reset()
 
-    def reset(self) -> None:
-        """Back to the first row."""
-        self.base.copy_(self._start)
+    def begin(self, x: Tensor, history: Sequence[Tensor]) -> None:
+        """To the first row, with this state at ``grid[0]``."""
+        start, _ = self.setting.begin(x)
+        self.base.copy_(start)
         if self.ahead:
-            self.point.copy_(self._start)
+            self.point.copy_(start)
         if self.ring is not None:
             self.ring.zero_()
-            for j, entry in enumerate(self._history[: self.K - 1]):
+            for j, entry in enumerate(history[: self.K - 1]):
                 self.ring[-j % self.K].copy_(entry)
         self.index.zero_()
 
@@ -106,14 +103,14 @@ class DeviceRows:
         return torch.compile(self.row, fullgraph=True, dynamic=False)
 
     def captured(self) -> Callable[[], object]:
-        """A replay of the row as a CUDA graph."""
+        """A replay of the row as a CUDA graph; `begin` anew afterwards."""
         if self.base.device.type != capture.DEVICE:
             raise ValueError(
-                f"cuda_graph=True needs x_T on a CUDA device, got {self.base.device}; leave it out"
+                f"a CUDA graph needs x_T on a CUDA device, got {self.base.device}; sample without"
+                " a graph there"
             )
         with torch.cuda.device(self.base.device):
             graph, _ = capture._record(self.row)
-        self.reset()  # the warm-up and the capture have moved on
         return graph.replay
 
     def states(self, run: Callable[[], object]) -> Iterator[tuple[int, Tensor, Tensor | None]]:

@@ -16,6 +16,8 @@ from dsno_kernels.diffusion._rows import Rows, Setting
 from dsno_kernels.diffusion.plan import SolverPlan
 from dsno_kernels.functional import checks
 
+Callback = Callable[[int, Tensor, Tensor, Tensor], object]
+
 
 def sample(
     denoiser: Callable[..., Tensor],
@@ -32,7 +34,7 @@ def sample(
     noise: Callable[[int], Tensor] | None = None,
     clip: tuple[float, float] | None = None,
     threshold: tuple[float, float, str] | None = None,
-    callback: Callable[[int, Tensor, Tensor, Tensor], object] | None = None,
+    callback: Callback | None = None,
     progress: bool = False,
     check_finite: bool = True,
     model_dtype: torch.dtype | None = None,
@@ -85,8 +87,8 @@ def sample(
             rows, kept for later calls with the same denoiser and shapes. Records no gradients;
             where they are wanted, or the model is no single graph, compile the model alone.
         cuda_graph: capture model and step as one CUDA graph, and replay it for each row. Each call
-            captures anew, which runs the model four times. Records no gradients; what the denoiser
-            does must be capturable.
+            captures anew, which runs the model four times; :class:`CapturedSampler` keeps the
+            graph. Records no gradients; what the denoiser does must be capturable.
         backend: as in :func:`exp_step`.
 
     Returns:
@@ -107,32 +109,50 @@ def sample(
         >>> dk.diffusion.sample(model, torch.randn(2, 3, 8, 8), plan).shape
         torch.Size([2, 3, 8, 8])
     """
-    _check(denoiser, x_T, plan, history, clip, threshold, model_dtype)
     _check_mode(recompute, compile, cuda_graph, callback is not None or progress)
-    if (unconditional is None) != (guidance is None):
-        raise ValueError("unconditional and guidance come together: give both or neither")
-    batch = x_T.shape[0] if x_T.ndim else None
-    setting = Setting(
-        plan=plan,
-        calls=Calls(denoiser, dict(kwargs or {}), unconditional, split_guidance, batch),
-        dtype=torch.float64 if x_T.dtype == torch.float64 else torch.float32,
-        model_dtype=model_dtype or x_T.dtype,
-        device=x_T.device,
+    setting = setting_of(
+        denoiser,
+        x_T,
+        plan,
+        kwargs=kwargs,
+        unconditional=unconditional,
+        guidance=guidance,
+        split_guidance=split_guidance,
+        clip=clip,
+        threshold=threshold,
+        model_dtype=model_dtype,
+        backend=backend,
         noise=noise,
-        seeds=_seeds(plan, generator, x_T.device) if noise is None else None,
+        generator=generator,
         keep_entry=callback is not None,
-        options={"guidance": guidance, "clip": clip, "threshold": threshold, "backend": backend},
     )
+    check_history(plan, history)
     kept = None if frames is None else Frames(x_T, frame_rows(plan, frames))
     rows: Rows | DeviceRows
     if compile or cuda_graph:
-        rows = DeviceRows(setting, x_T, history, check_finite)
-        states = rows.states(rows.captured() if cuda_graph else rows.compiled())
+        rows = DeviceRows(setting, x_T, check_finite)
+        run = rows.captured() if cuda_graph else rows.compiled()
+        rows.begin(x_T, history)
+        states = rows.states(run)
     else:
         rows = Rows(setting, check_finite)
         first = rows.begin(x_T, history)
         wanted = () if kept is None else kept.rows
         states = rows.states_recomputed(first, wanted) if recompute else rows.states(first)
+    base = last_state(plan, states, kept, callback, progress)
+    if check_finite:
+        all_finite(plan, rows.finite())
+    return base.to(x_T.dtype) if kept is None else kept.result()
+
+
+def last_state(
+    plan: SolverPlan,
+    states: Iterator[tuple[int, Tensor, Tensor | None]],
+    kept: Frames | None,
+    callback: Callback | None,
+    progress: bool,
+) -> Tensor:
+    """Run all rows, and report them."""
     with _bar(plan.evaluations, progress) as advance:
         for i, base, entry in states:
             if kept is not None:
@@ -142,16 +162,48 @@ def sample(
                 assert entry is not None
                 if callback(i, plan.times[i], base, entry) is True:
                     break
-    if check_finite:
-        _check_finite(plan, rows.finite())
-    return base.to(x_T.dtype) if kept is None else kept.result()
+    return base
+
+
+def setting_of(
+    denoiser: Callable[..., Tensor],
+    x_T: Tensor,
+    plan: SolverPlan,
+    *,
+    kwargs: Mapping[str, Any] | None,
+    unconditional: Mapping[str, Any] | None,
+    guidance: float | Tensor | None,
+    split_guidance: bool,
+    clip: tuple[float, float] | None,
+    threshold: tuple[float, float, str] | None,
+    model_dtype: torch.dtype | None,
+    backend: str | None,
+    noise: Callable[[int], Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    keep_entry: bool = False,
+) -> Setting:
+    """The arguments of `sample`, checked."""
+    _check(denoiser, x_T, plan, clip, threshold, model_dtype)
+    if (unconditional is None) != (guidance is None):
+        raise ValueError("unconditional and guidance come together: give both or neither")
+    batch = x_T.shape[0] if x_T.ndim else None
+    return Setting(
+        plan=plan,
+        calls=Calls(denoiser, dict(kwargs or {}), unconditional, split_guidance, batch),
+        dtype=torch.float64 if x_T.dtype == torch.float64 else torch.float32,
+        model_dtype=model_dtype or x_T.dtype,
+        device=x_T.device,
+        noise=noise,
+        seeds=seeds_of(plan, generator, x_T.device) if noise is None else None,
+        keep_entry=keep_entry,
+        options={"guidance": guidance, "clip": clip, "threshold": threshold, "backend": backend},
+    )
 
 
 def _check(
     denoiser: object,
     x_T: Tensor,
     plan: object,
-    history: Sequence[Tensor],
     clip: object,
     threshold: object,
     model_dtype: torch.dtype | None,
@@ -165,14 +217,17 @@ def _check(
         raise TypeError(
             f"model_dtype must be one of {checks.names(checks.REAL_DTYPES)}, got {model_dtype}"
         )
-    if len(history) != len(plan._seeds):
-        raise ValueError(
-            f"the plan starts from {len(plan._seeds)} history entries, got {len(history)}"
-        )
     if plan.history != "x0" and (clip is not None or threshold is not None):
         raise ValueError(
             f"clip and threshold act on x0, but the plan combines {plan.history}: build it with"
             " history='x0' and a solver that has it"
+        )
+
+
+def check_history(plan: SolverPlan, history: Sequence[Tensor]) -> None:
+    if len(history) != len(plan._seeds):
+        raise ValueError(
+            f"the plan starts from {len(plan._seeds)} history entries, got {len(history)}"
         )
 
 
@@ -188,7 +243,7 @@ def _check_mode(recompute: bool, compile: bool, cuda_graph: bool, reports: bool)
         )
 
 
-def _seeds(
+def seeds_of(
     plan: SolverPlan, generator: torch.Generator | None, device: torch.device
 ) -> Tensor | None:
     if not plan.stochastic():
@@ -198,7 +253,7 @@ def _seeds(
     return torch.randint(2**63 - 1, shape, generator=generator, device=source).to(device)
 
 
-def _check_finite(plan: SolverPlan, finite: Tensor) -> None:
+def all_finite(plan: SolverPlan, finite: Tensor) -> None:
     if not _readable(finite):
         return
     for i, fine in enumerate(finite.tolist()):

@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -103,6 +104,10 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def _lacks(op: str) -> str:
+    return f"it does not have {op}"
+
+
 @functools.lru_cache(maxsize=1024)
 def unsupported(name: str, request: Request) -> str | None:
     """Why a backend cannot serve a request; None where it can."""
@@ -115,7 +120,7 @@ def unsupported(name: str, request: Request) -> str | None:
     except ImportError as error:
         return f"it cannot be imported ({error})"
     if not hasattr(module, request.op):
-        return f"it does not have {request.op}"
+        return _lacks(request.op)
     return module.unsupported(request)
 
 
@@ -129,7 +134,34 @@ def _select(name: str, request: Request) -> ModuleType:
                 f" {request.dtype}: {reason}"
             )
         return _module(name)
-    return next(_module(n) for n in order(request) if unsupported(n, request) is None)
+    chosen = next(n for n in order(request) if unsupported(n, request) is None)
+    if chosen == "reference" and request.device.type == "cuda":
+        _report_fallback(request)
+    return _module(chosen)
+
+
+# Ops and compute capabilities that `_report_fallback` has warned of.
+_reported: set[tuple[str, tuple[int, int]]] = set()
+
+
+def _report_fallback(request: Request) -> None:
+    """Warn, once for each op and kind of GPU, that no kernel serves what kernels are for.
+
+    float64, and an op that no backend of GPUs has, are for the reference by design.
+    """
+    reasons = {n: unsupported(n, request) for n in order(request) if n != "reference"}
+    if request.dtype == torch.float64 or set(reasons.values()) == {_lacks(request.op)}:
+        return
+    capability = torch.cuda.get_device_capability(request.device)
+    if (request.op, capability) not in _reported:
+        _reported.add((request.op, capability))
+        found = "{}.{}".format(*capability)
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        warnings.warn(
+            f"no kernel of dsno_kernels runs {request.op} in {request.dtype} on this GPU (compute"
+            f" capability {found}); the slower PyTorch reference does. {why}",
+            stacklevel=2,
+        )
 
 
 class Explained(Exception):

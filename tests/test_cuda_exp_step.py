@@ -5,6 +5,12 @@ under sanitizers.
 from __future__ import annotations
 
 import math
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +20,11 @@ from torch import Tensor
 import dsno_kernels as dk
 from dsno_kernels.backends import cpu, reference_steps
 from dsno_kernels.backends.cuda_steps import Steps
-from tests import step_shim
+from tests import shim, step_shim
 from tests import test_solver_step as on_the_cpu
 from tests.helpers import FLOAT64, IO_BUDGET, assert_close
 from tests.strategies import tensor
+from tests.test_cuda_compile import cuobjdump
 from tests.test_exp_step import STEP
 
 BUDGETS = {
@@ -280,3 +287,34 @@ def test_noise_of_the_cpu_kernels(steps: Steps) -> None:
     drawn = steps.solver_step(x, x, **solver_options(**row))[0]
     same = dk.solver_step(x, x, on_the_cpu.NOISE_ROW, seed=seed, backend="cpu").base
     assert (drawn - same).abs().max() <= 4e-6
+
+
+@pytest.mark.parametrize("arch", ["80", "86", "90"])
+def test_memory_moves_by_sixteen_bytes(arch: str, tmp_path: Path) -> None:
+    """Float32 of order 3 is one group of loads: four reads and one write of 16 bytes for four
+    elements, and the same of single elements at the ends of a sample.
+    """
+    tool, nvcc = cuobjdump(), shutil.which("nvcc", path="/usr/local/cuda/bin:" + os.environ["PATH"])
+    if tool is None or nvcc is None:
+        pytest.skip("nvcc or cuobjdump is not installed (the latter comes with triton)")
+    kernels, cubin = tmp_path / "kernels.cu", tmp_path / "kernels.cubin"
+    kernels.write_text('#include "exp_step.cuh"\n#include "solver_step.cuh"\n')
+    flags = ["-O3", "-std=c++17", f"-arch=sm_{arch}", f"-I{shim.ROOT / 'csrc' / 'cuda'}", "-cubin"]
+    subprocess.run([nvcc, *flags, str(kernels), "-o", str(cubin)], check=True)
+    report = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
+    accesses: dict[str, Counter[str]] = {}
+    for function in re.split(r"\n\s*Function : ", report.stdout)[1:]:
+        found = re.findall(r"\b((?:LD|ST)[GL]?(?:\.\w+)+) ", function)
+        accesses[function.split()[0]] = Counter(found)
+    assert set(accesses) == {
+        f"{op}_{kind}"
+        for op in ("exp_step", "exp_step_backward", "solver_step")
+        for kind in ("f32_v4", "any_v8", "any_v1", "f64_v2", "f64_v1")
+    } | {"exp_step_dots"}
+    for name, found in accesses.items():
+        assert not any(kind.startswith(("LDL", "STL", "LD.", "ST.")) for kind in found), name
+        wide = [kind for kind in found if kind.endswith(".128")]
+        assert bool(wide) == name.endswith(("v2", "v4", "v8")), name
+    step = accesses["exp_step_f32_v4"]
+    assert (step["LDG.E.128"], step["STG.E.128"], step["STG.E"]) == (4, 1, 1)
+    assert accesses["solver_step_f32_v4"]["STG.E.128"] == 4  # base', point', h_0, input'

@@ -100,9 +100,10 @@ def group_norm_silu_kernel(
     if WHOLE:
         c, p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
         x, mask = load_tile(x_ptr, c, p, size, P, stride_xc, stride_xp)
-        mean = tl.sum(x) / (size * P)
+        count = 1.0 * size * P  # in float32: a group may have more than 2^31 elements
+        mean = tl.sum(x) / count
         centered = tl.where(mask, x - mean, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centered * centered) / (size * P) + eps)
+        rstd = 1.0 / tl.sqrt(tl.sum(centered * centered) / count + eps)
         a, d = modulation(
             weight_ptr, bias_ptr, scale_ptr, shift_ptr, c, first, size, stride_sc, stride_hc
         )
@@ -163,6 +164,7 @@ def group_norm_silu_backward_kernel(
     if shift_ptr is not None:
         shift_ptr += b * stride_hb + t * stride_ht
     mean, rstd = tl.load(mean_ptr + pid), tl.load(rstd_ptr + pid)
+    count = 1.0 * size * P  # in float32: a group may have more than 2^31 elements
     if WHOLE:
         c, p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
         a, d = modulation(
@@ -175,7 +177,7 @@ def group_norm_silu_backward_kernel(
         sum_h, sum_h_xhat = tl.sum(h, 1), tl.sum(h * xhat, 1)
         tl.store(sums_ptr + c.to(tl.int64), sum_h, mask=c < size)
         tl.store(second_ptr + c.to(tl.int64), sum_h_xhat, mask=c < size)
-        mean_h, mean_h_xhat = tl.sum(a * sum_h) / (size * P), tl.sum(a * sum_h_xhat) / (size * P)
+        mean_h, mean_h_xhat = tl.sum(a * sum_h) / count, tl.sum(a * sum_h_xhat) / count
         grad_x = rstd * (a[:, None] * h - mean_h - xhat * mean_h_xhat)
         store_tile(grad_x_ptr, grad_x, c, p, mask, stride_yc, stride_yp)
     else:
@@ -199,8 +201,8 @@ def group_norm_silu_backward_kernel(
             sum_h, sum_h_xhat = tl.sum(tile_h, 1), tl.sum(tile_h_xhat, 1)
             tl.store(sums_ptr + c.to(tl.int64), sum_h, mask=c < size)
             tl.store(second_ptr + c.to(tl.int64), sum_h_xhat, mask=c < size)
-            mean_h += tl.sum(a * sum_h) / (size * P)
-            mean_h_xhat += tl.sum(a * sum_h_xhat) / (size * P)
+            mean_h += tl.sum(a * sum_h) / count
+            mean_h_xhat += tl.sum(a * sum_h_xhat) / count
         for c0 in range(0, size, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             a, d = modulation(

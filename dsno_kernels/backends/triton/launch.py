@@ -88,6 +88,8 @@ def run(planned: Launch, *tensors: Tensor | None) -> None:
     alignment = tuple([None if pointer is None else pointer % 16 == 0 for pointer in pointers])
     direct = planned.direct.get(alignment)
     if direct is None or _observed(planned.kernel):
+        if alignment not in planned.direct:
+            _launch.not_while_capturing(planned.device, "call for these shapes compiles kernels")
         compiled = submit(
             planned.kernel,
             planned.programs,
@@ -205,9 +207,13 @@ def padded_pixels(P: int) -> int:
     return cdiv(P, 8) * 8
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def twiddles(length: int, device: torch.device) -> Tensor:
-    """cos and -sin of 2 pi j / length, [2, length] float32; exact at quarter turns."""
+    """cos and -sin of 2 pi j / length, [2, length] float32; exact at quarter turns.
+
+    Never freed: a captured CUDA graph holds its address.
+    """
+    _launch.not_while_capturing(device, f"transform of length {length} uploads its table")
     turns = torch.arange(length, dtype=torch.float64) * (2 * torch.pi / length)
     table = torch.stack([turns.cos(), -turns.sin()])
     table = torch.where(table.abs() < 1e-12, 0.0, table)

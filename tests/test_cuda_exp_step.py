@@ -318,3 +318,20 @@ def test_memory_moves_by_sixteen_bytes(arch: str, tmp_path: Path) -> None:
     step = accesses["exp_step_f32_v4"]
     assert (step["LDG.E.128"], step["STG.E.128"], step["STG.E"]) == (4, 1, 1)
     assert accesses["solver_step_f32_v4"]["STG.E.128"] == 4  # base', point', h_0, input'
+
+
+def test_few_blocks_do_the_work_of_many(tmp_path: Path) -> None:
+    """A grid smaller than the work, under ThreadSanitizer: shared memory passes from one sample to
+    the next within a block.
+    """
+    inner = step_shim.sanitized_launch(tmp_path, "tsan")
+    steps = Steps(lambda kernel, grid, *rest: inner(kernel, min(grid, 2), *rest))
+    tensors = [torch.randn(5, 1031) for _ in range(4)]
+    rows = rows_of("indices", 4, 5)
+    check_exp_step(steps, tensors, **rows)
+    check_backward(steps, tensors[0], tensors, True, **rows)
+    table, seed = on_the_cpu.row_of(2, 5).float(), torch.tensor([1, 2])
+    options = solver_options(table=table, history=tensors[2:3], seed=seed)
+    found = steps.solver_step(*tensors[:2], dtypes=[F32, None, None, None], **options)[0]
+    exact = reference_steps.solver_step(*tensors[:2], dtypes=[F32, None, None, None], **options)[0]
+    assert_close(found, exact.double(), 10 * STEP)

@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
 RESULTS ?= benchmarks/results
+JOBS ?= 2
 MINUTES ?= 20
 
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint requirements/constraints.txt
@@ -57,8 +58,9 @@ lint: setup
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
 
+# One thread a process: waiting threads would keep the cores from the other processes.
 test: lint
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile
 
 format: setup
 	$(PY) -m ruff check --fix .

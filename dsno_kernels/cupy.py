@@ -12,9 +12,11 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cupy
@@ -44,10 +46,11 @@ def _lifted(function: Callable[..., Any]) -> Callable[..., Any]:
         given = bound.arguments
         arrays: dict[str, cupy.ndarray] = {}
         for name in tensors:
-            arrays |= _arrays(name, given.get(name), annotations[name])
+            if name in given:
+                arrays |= _arrays(name, given[name], annotations[name])
         for name in dtypes:
             if isinstance(given.get(name), (str, type, np.dtype)):
-                given[name] = _torch_dtype(name, np.dtype(given[name]))
+                given[name] = _torch_dtype(name, given[name])
         index = _device_index(arrays)
         device = torch.device("cuda", index)
         with (
@@ -70,20 +73,30 @@ def _lifted(function: Callable[..., Any]) -> Callable[..., Any]:
     return on_arrays
 
 
+# What may stand in the place of an array where the annotation of an argument has the word.
+_OTHERS: dict[str, tuple[type, ...]] = {
+    "None": (type(None),),
+    "int": (int,),
+    "float": (int, float),
+    "Generator": (torch.Generator,),
+}
+
+
 def _arrays(name: str, value: Any, annotation: str) -> dict[str, cupy.ndarray]:
-    """The arrays of one argument by name, checked; numbers are left to the function."""
-    if value is None or isinstance(value, (int, float, torch.Generator)):
+    """The arrays of one argument by name, checked; what else it may be is left to the function."""
+    words = set(re.findall(r"\w+", annotation))
+    if any(isinstance(value, _OTHERS[word]) for word in words & _OTHERS.keys()):
         return {}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and words & {"Sequence", "tuple"}:
         found: dict[str, cupy.ndarray] = {}
         for place, item in enumerate(value):
             found |= _arrays(f"{name}[{place}]", item, annotation)
         return found
     if not isinstance(value, cupy.ndarray):
-        kind = f"{type(value).__module__}.{type(value).__name__}"
+        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
         raise TypeError(f"{name} must be a cupy.ndarray, got {kind}")
     if not (value.dtype.name in ("int32", "int64") and "int" in annotation):
-        _torch_dtype(name, value.dtype)
+        _torch_dtype(name, value.dtype.name)
     if any(stride < 0 or stride % value.dtype.itemsize for stride in value.strides):
         raise ValueError(
             f"{name} has strides {value.strides}, which DLPack cannot carry (negative, or no whole"
@@ -92,10 +105,12 @@ def _arrays(name: str, value: Any, annotation: str) -> dict[str, cupy.ndarray]:
     return {name: value}
 
 
-def _torch_dtype(name: str, dtype: np.dtype[Any]) -> torch.dtype:
-    if dtype.name not in DTYPES:
-        raise TypeError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype.name}")
-    return DTYPES[dtype.name]
+def _torch_dtype(name: str, dtype: Any) -> torch.dtype:
+    """Of a dtype of NumPy or its name; NumPy itself does not know "bfloat16"."""
+    spelled = dtype if isinstance(dtype, str) and dtype in DTYPES else np.dtype(dtype).name
+    if spelled not in DTYPES:
+        raise TypeError(f"{name} must be one of {', '.join(DTYPES)}, got {spelled}")
+    return DTYPES[spelled]
 
 
 def _device_index(arrays: dict[str, cupy.ndarray]) -> int:
@@ -132,9 +147,22 @@ def _converted(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
 _NO_WAIT = -1
 
 
+@contextlib.contextmanager
+def _exchange_of(dtype: object) -> Iterator[None]:
+    """Some versions of CuPy, and a CuPy without ml_dtypes, do not exchange bfloat16."""
+    try:
+        yield
+    except (BufferError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"CuPy {cupy.__version__} does not exchange {dtype} with PyTorch ({error}): use float16"
+            " or float32, or a newer CuPy with ml_dtypes"
+        ) from error
+
+
 def _tensor(array: cupy.ndarray) -> Tensor:
     """A tensor on the memory of an array, which it keeps alive."""
-    return from_dlpack(array.__dlpack__(stream=_NO_WAIT))
+    with _exchange_of(array.dtype.name):
+        return from_dlpack(array.__dlpack__(stream=_NO_WAIT))
 
 
 class _Exported:
@@ -152,13 +180,15 @@ class _Exported:
 
 def _array(tensor: Tensor) -> cupy.ndarray:
     """An array on the memory of a tensor, which it keeps alive."""
-    return cupy.from_dlpack(_Exported(tensor.resolve_conj()))
+    with _exchange_of(tensor.dtype):
+        return cupy.from_dlpack(_Exported(tensor.resolve_conj()))
 
 
 spectral_conv = _lifted(functional.spectral_conv)
 spectral_conv_weight_grad = _lifted(functional.spectral_conv_weight_grad)
 truncated_rfft = _lifted(functional.truncated_rfft)
 truncated_irfft = _lifted(functional.truncated_irfft)
+dynamic_threshold = _lifted(functional.dynamic_threshold)
 group_norm_silu = _lifted(functional.group_norm_silu)
 exp_step = _lifted(functional.exp_step)
 solver_step = _lifted(functional.solver_step)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import dsno_kernels as dk
+from dsno_kernels import functional
 from dsno_kernels.backends import Request, _nvrtc, _transforms
 from dsno_kernels.backends import cupy as backend
 from dsno_kernels.backends._transforms import Plan
@@ -48,6 +49,7 @@ class Cupy(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("cupy")
+        self.__version__ = "14.2.0"
         self.device, self.stream = 0, 0x1230
         self.launches: list[tuple[int, int]] = []  # device and stream
         self.cuda = SimpleNamespace(
@@ -157,6 +159,38 @@ def test_arrays_in_and_out_without_a_copy(dkc: ModuleType, cupy: Any) -> None:
     assert cupy.used == [("device", CUDA), ("stream", (0x1230, 0))]
 
 
+def test_no_public_function_is_missing(dkc: ModuleType) -> None:
+    for name in set(functional.__all__) - {"OPS", "SolverStep", "explain"}:
+        assert getattr(dkc, name).__wrapped__ is getattr(functional, name)
+
+
+def test_dynamic_threshold(dkc: ModuleType) -> None:
+    found = dkc.dynamic_threshold(Array(3 * X), 0.9, 2.0)
+    assert torch.equal(found.tensor, dk.dynamic_threshold(3 * X, 0.9, 2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_halves(dkc: ModuleType, dtype: torch.dtype) -> None:
+    y = dkc.spectral_conv(Array(X.to(dtype)), Array(W))
+    assert torch.equal(y.tensor, dk.spectral_conv(X.to(dtype), W))
+    name = str(dtype).removeprefix("torch.")
+    y = dkc.spectral_conv(Array(X), Array(W), out_dtype=name)
+    assert torch.equal(y.tensor, dk.spectral_conv(X, W, out_dtype=dtype))
+
+
+def test_a_dtype_that_cupy_does_not_exchange(dkc: ModuleType, cupy: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise BufferError("bfloat16 has no DLPack code")
+
+    x = Array(X.bfloat16())
+    x.__dlpack__ = refuse  # type: ignore[method-assign]
+    with pytest.raises(TypeError, match=r"CuPy 14.2.0 does not exchange bfloat16 .* use float16"):
+        dkc.spectral_conv(x, Array(W))
+    cupy.from_dlpack = refuse
+    with pytest.raises(TypeError, match=r"does not exchange torch.bfloat16 .*no DLPack code"):
+        dkc.spectral_conv(Array(X), Array(W), out_dtype="bfloat16")
+
+
 def test_results_own_their_memory(dkc: ModuleType) -> None:
     y = dkc.truncated_irfft(dkc.truncated_rfft(Array(X), 4, dim=4), 7, dim=4)
     # These would take the memory if it had been given back.
@@ -241,6 +275,10 @@ def test_streams(dkc: ModuleType, cupy: Any, pointer: int, stream: tuple[Any, in
     ("call", "error", "message"),
     [
         (lambda f: f(np.zeros((2, 3, 4)), Array(W)), TypeError, "x must be .* got numpy.ndarray"),
+        (lambda f: f(3, Array(W)), TypeError, "x must be a cupy.ndarray, got int"),
+        (lambda f: f([Array(X)], Array(W)), TypeError, "x must be a cupy.ndarray, got list"),
+        (lambda f: f(None, Array(W)), TypeError, "x must be a cupy.ndarray, got NoneType"),
+        (lambda f: f(Array(X), Array(W), bias=0.5), TypeError, "bias must be .* got float"),
         (lambda f: f(Array(X), W), TypeError, "weight must be .* got torch.Tensor"),
         (lambda f: f(Array(X.int()), Array(W)), TypeError, "x must be one of float16.* got int32"),
         (

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -16,6 +18,44 @@ pytestmark = marks
 
 CONV_BACKENDS = serving("spectral_conv")
 KERNELS = [name for name in CONV_BACKENDS if name != "reference"]  # cuFFT's promises are not ours
+CUBLAS = [name for name in CONV_BACKENDS if name in ("cuda", "cupy", "reference")]
+
+
+@pytest.fixture(params=["highest", "high"])
+def matmul_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("backend", CUBLAS)
+@pytest.mark.usefixtures("matmul_precision")
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_products_of_cublas_whatever_the_switch_says(backend: str, precision: str) -> None:
+    """Long sums over channels, which TF32 would round visibly."""
+    axes = {"time_dim": 2, "channel_dim": 1}
+    x = torch.randn(sized(4, 128, 256), device=DEVICE, requires_grad=True)
+    weight = torch.randn(*sized(128, 16, 3), 2, device=DEVICE, requires_grad=True)
+    y = dk.spectral_conv(x, weight, precision=precision, backend=backend, **axes)
+    g = torch.randn_like(y)
+    grads = torch.autograd.grad(y, (x, weight), g)
+    exact = oracle.spectral_conv(x, weight, **axes)
+    expected = torch.autograd.grad(exact, (x, weight), g.double())
+    for found, right in zip((y, *grads), (exact, *expected), strict=True):
+        assert_close(found, right, BUDGETS["fp32"])
+
+
+@pytest.mark.usefixtures("matmul_precision")
+def test_gradients_of_torch_func_whatever_the_switch_says() -> None:
+    """They run on the reference, and its gradients after it has returned."""
+    x = torch.randn(sized(4, 8, 128, 6), device=DEVICE)
+    weight = torch.randn(*sized(128, 16, 3), 2, device=DEVICE)
+    y, pull = torch.func.vjp(dk.spectral_conv, x, weight)
+    exact, exact_pull = torch.func.vjp(oracle.spectral_conv, x.double(), weight.double())
+    g = torch.randn_like(y)
+    for found, right in zip((y, *pull(g)), (exact, *exact_pull(g.double())), strict=True):
+        assert_close(found, right, BUDGETS["fp32"])
 
 
 @pytest.mark.parametrize("backend", KERNELS)

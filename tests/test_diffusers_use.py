@@ -225,6 +225,24 @@ def test_instances_share_nothing(name: str) -> None:
         assert other.disable_corrector == ours(name).disable_corrector == []
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_sigmas_put_in_place_by_hand(name: str) -> None:
+    results = []
+    for scheduler in (original(name), ours(name)):
+        scheduled(scheduler)
+        scheduler.sigmas = 1.5 * scheduler.sigmas
+        results.append(run(scheduler, start(torch.float32)))
+    assert_close(results[1], results[0], SINGLE)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_nothing_is_left_after_the_last_step(name: str) -> None:
+    scheduler = scheduled(ours(name))
+    scheduler.set_begin_index(8)
+    with pytest.raises(ValueError, match="step 8 of a schedule of 8 steps"):
+        scheduler.step(start(), 1, start())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_no_schedule_yet(name: str) -> None:
     with pytest.raises(ValueError, match="call set_timesteps before step"):

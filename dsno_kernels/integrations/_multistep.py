@@ -103,7 +103,7 @@ class Multistep(Configured):
 
     def _prepare(self) -> None:
         self._rows: tuple[Row, ...] = ()
-        self._first = 0
+        self._first, self._of = 0, self.sigmas
         self._limits: tuple[float, float, str] | None = None
 
     def _solver(self) -> Solver:
@@ -112,7 +112,7 @@ class Multistep(Configured):
     def _build(self, first: int) -> None:
         """The table of a run that begins at step `first`."""
         self._limits = self._threshold()
-        self._first = first
+        self._first, self._of = first, self.sigmas
         self._rows = rows(self._solver(), tuple(self.sigmas.tolist()), first)
 
     def _end(self) -> str:
@@ -127,11 +127,6 @@ class Multistep(Configured):
                 f" this configuration, got {given!r}"
             )
         return given
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        super().set_begin_index(begin_index)  # type: ignore[misc]
-        if self._rows and begin_index != self._first:
-            self._build(begin_index)
 
     def _init_step_index(self, timestep: int | Tensor) -> None:
         super()._init_step_index(timestep)  # type: ignore[misc]
@@ -251,6 +246,8 @@ class Multistep(Configured):
             raise ValueError("call set_timesteps before step: there is no schedule yet")
         if self._step_index is None:
             self._init_step_index(timestep)
+        if self.sigmas is not self._of:  # put in place by hand
+            self._build(self._first)
         assert self._step_index is not None
         i = self._step_index - self._first
         if not 0 <= i < len(self._rows):

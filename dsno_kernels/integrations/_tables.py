@@ -87,6 +87,8 @@ class Row(NamedTuple):
 @lru_cache(maxsize=64)
 def rows(solver: Solver, sigmas: tuple[float, ...], first: int) -> tuple[Row, ...]:
     """The steps of a schedule that begins, without history, at its step `first`."""
+    if not 0 <= first < len(sigmas) - 1:
+        return ()
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         points = _points(torch.tensor(sigmas[first:], dtype=torch.float64), solver.flow)
         for i in range(first, len(sigmas) - 2):

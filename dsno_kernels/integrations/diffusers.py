@@ -24,6 +24,8 @@ UniPC with bh1, or on epsilon, to sigma = 0:   finite, in either way
 NaN
 =============================================  =====================================================
 
+On coarse grids the halved weight can be the more accurate one (DPM-Solver of order 3).
+
 Either way there is no cancellation at many steps (float32 coefficients of diffusers' DEIS are off
 by 16 % at 250), a sigma of 0 gives no NaN, and `timesteps` or `sigmas` of one's own are taken by
 all three multistep schedulers.
@@ -62,7 +64,7 @@ try:
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
     raise ImportError(
-        "dsno_kernels.integrations.diffusers needs diffusers: pip install diffusers"
+        "dsno_kernels.integrations.diffusers needs diffusers: pip install dsno-kernels[diffusers]"
     ) from error
 
 __all__ = [

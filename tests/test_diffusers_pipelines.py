@@ -121,16 +121,26 @@ def test_ddim_pipeline(eta: float) -> None:
 
 
 def test_ddpm_pipeline_swaps_in_five_lines(tmp_path: Path) -> None:
-    """README's example; then the pipeline is saved and loaded with its scheduler."""
-    pipeline = diffusers.DDPMPipeline(_unet(), original("DPMSolverMultistepScheduler"))
-    expected = _images(pipeline)
+    """README's example, on a pipeline of one's own; then it is saved and loaded so."""
+    path = tmp_path / "original"
+    diffusers.DDPMPipeline(_unet(), diffusers.DDPMScheduler()).save_pretrained(path)
+
+    from diffusers import DDPMPipeline
 
     from dsno_kernels.integrations.diffusers import FusedDPMSolverMultistepScheduler
 
-    pipeline.scheduler = FusedDPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    assert_close(_images(pipeline), expected, 1e-4)
-    pipeline.save_pretrained(tmp_path)
-    loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    pipeline = DDPMPipeline.from_pretrained(path)
+    config = pipeline.scheduler.config
+    pipeline.scheduler = FusedDPMSolverMultistepScheduler.from_config(config)
+    actual = _images(pipeline)
+
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config)
+    expected = _images(pipeline)
+    assert_close(actual, expected, 1e-4)
+    assert expected.std() > 0.01
+    pipeline.scheduler = FusedDPMSolverMultistepScheduler.from_config(config)
+    pipeline.save_pretrained(tmp_path / "swapped")
+    loaded = DDPMPipeline.from_pretrained(tmp_path / "swapped")
     assert type(loaded.scheduler) is FusedDPMSolverMultistepScheduler
     assert_close(_images(loaded), expected, 1e-4)
 

@@ -3,6 +3,10 @@
 Peers are the same arithmetic in eager and compiled PyTorch, and whole steps of diffusers' multistep
 schedulers of order 3, where it is installed. A peer's call comes right before each of ours, so that
 `ratio` is the speed-up over it.
+
+With glibc's defaults, results of several MB may come from fresh pages, whose faults cost time.
+`MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296` before the command keeps freed
+memory, for all peers alike; each entry records them.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from tests.helpers import BUDGETS, rel_rms
 SHAPES = ((64, 3, 32, 32), (16, 4, 64, 64), (8, 3, 256, 256))
 TINY = (256,)
 SMOKE = (2, 3, 4, 4)
+MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # of glibc, read when it starts
 CALLS = 200  # in a round, where the host time is measured
 ROW = (1.02, -0.9, 0.6, -0.2)  # a, c_0, c_1, c_2
 GUIDANCE = 7.5
@@ -140,6 +145,7 @@ def test_exp_step(
             errors={"y": error},
             gbytes=rate / 1e9,
             share_of_copy=rate / measure.copy_rate(device),
+            malloc={name: os.environ.get(name, "default") for name in MALLOC},
             **timing,
         )
 

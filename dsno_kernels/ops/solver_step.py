@@ -86,7 +86,7 @@ def _check_rows(step: Step) -> None:
     elif step.table.device.type == "cpu":
         check_index(step.index, step.table.shape[0])
         rows = reference_steps.select_rows(step.table, step.index)
-        found = rows.reshape(-1, rows.shape[-1]).tolist()
+        found = [rows.tolist()] if rows.ndim == 1 else rows.tolist()
     else:
         return
     K, entries = step.order, len(step.history)

@@ -22,7 +22,7 @@ from dsno_kernels import functional
 from dsno_kernels.backends import Request, _nvrtc, _transforms
 from dsno_kernels.backends import cupy as backend
 from dsno_kernels.backends._transforms import Plan
-from tests import oracle, shim
+from tests import oracle, shim, test_gpu_cupy
 from tests.helpers import BUDGETS, assert_close
 
 CUDA = torch.device("cuda", 0)
@@ -36,6 +36,20 @@ class Array:
         name = str(tensor.dtype).removeprefix("torch.")
         self.dtype = SimpleNamespace(name=name, itemsize=tensor.element_size())
         self.strides = tuple(stride * tensor.element_size() for stride in tensor.stride())
+        self.shape, self.data = tuple(tensor.shape), SimpleNamespace(ptr=tensor.data_ptr())
+
+    def get(self) -> Any:
+        return self.tensor.numpy()
+
+    def transpose(self, *axes: int) -> Array:
+        return Array(self.tensor.permute(axes))
+
+    def __getitem__(self, key: Any) -> Array:
+        if key != slice(None, None, -1):
+            return Array(self.tensor[key])
+        reverse = Array(self.tensor)  # a tensor has no negative strides
+        reverse.strides = (-self.strides[0], *self.strides[1:])
+        return reverse
 
     def __dlpack__(self, stream: int | None = None) -> Any:
         assert stream == -1  # one stream on both sides: CuPy must not wait
@@ -46,6 +60,7 @@ class Cupy(ModuleType):
     """As much of the module `cupy` as dsno_kernels uses, with what it was asked to do."""
 
     ndarray = Array
+    complex64 = SimpleNamespace(name="complex64", itemsize=8)
 
     def __init__(self) -> None:
         super().__init__("cupy")
@@ -69,6 +84,13 @@ class Cupy(ModuleType):
         device = current()
         device.id = self.device  # type: ignore[attr-defined]
         return device
+
+    def asarray(self, values: Any) -> Array:
+        return Array(torch.from_numpy(values))
+
+    def asfortranarray(self, array: Array) -> Array:
+        backwards = range(len(array.shape))[::-1]
+        return Array(array.tensor.permute(*backwards).contiguous().permute(*backwards))
 
     def from_dlpack(self, exporter: Any) -> Array:
         assert exporter.__dlpack_device__()[0] == 1  # of the CPU, where the double keeps its memory
@@ -302,6 +324,24 @@ def test_refused_strides(dkc: ModuleType, strides: tuple[int, ...]) -> None:
     x.strides = strides
     with pytest.raises(ValueError, match=r"which DLPack cannot carry .* cupy.ascontiguousarray"):
         dkc.truncated_rfft(x, 2)
+
+
+class TestDryRun:
+    """Tests that are for a GPU, right before they meet one."""
+
+    @pytest.fixture(autouse=True)
+    def on_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(test_gpu_cupy, "DEVICE", torch.device("cpu"))
+
+    @pytest.mark.parametrize(
+        "name", ["every_function", "strides_pass_through", "results_own_their_memory"]
+    )
+    def test_arrays(self, cupy: Any, dkc: ModuleType, name: str) -> None:
+        getattr(test_gpu_cupy, f"test_{name}")(cupy, dkc)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_halves(self, cupy: Any, dkc: ModuleType, dtype: torch.dtype) -> None:
+        test_gpu_cupy.test_halves_pass_both_ways(cupy, dkc, dtype)
 
 
 class TestBackend:

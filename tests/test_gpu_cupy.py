@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here"),
 ]
 
+DEVICE = torch.device("cuda")  # tests/test_cupy.py runs some of these on the CPU, on its doubles
 # Both of cuBLAS and of the same device code.
 BACKENDS = [name for name in serving("spectral_conv") if name in ("cuda", "cupy")]
 SHAPE, WEIGHT = (3, 4, 6, 5, 7), (6, 9, 3, 2)
@@ -82,7 +83,7 @@ def test_every_function(cupy: Any, dkc: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_halves_pass_both_ways(cupy: Any, dkc: Any, dtype: torch.dtype) -> None:
-    values = torch.randn(SHAPE, device="cuda").to(dtype)
+    values = torch.randn(SHAPE, device=DEVICE).to(dtype)
     try:
         x = dkc._array(values)
     except TypeError as error:
@@ -134,7 +135,7 @@ def test_work_runs_on_the_current_stream(cupy: Any, dkc: Any, kind: str) -> None
 def test_results_own_their_memory(cupy: Any, dkc: Any) -> None:
     x, weight = arrays(cupy, SHAPE, WEIGHT)
     y = dkc.spectral_conv(x, weight, precision="fp32")
-    others = [torch.full(y.shape, torch.nan, device="cuda") for _ in range(20)]
+    others = [torch.full(y.shape, torch.nan, device=DEVICE) for _ in range(20)]
     assert y.data.ptr not in {other.data_ptr() for other in others}
     assert_close(tensor(y), oracle.spectral_conv(tensor(x), tensor(weight)), BUDGETS["fp32"])
 

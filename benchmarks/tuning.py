@@ -73,8 +73,11 @@ class Gate:
         self.pending: dict[Launch, Future[Report | str]] = {}
         self.users: dict[RowKey, list[Callable[[], object]]] = {}
         for call in test_triton_aot.calls():
-            served = {pair for key in self._rows_of(call) for pair in partners(key)}
+            seen = self._rows_of(call)
+            served = {pair for key in seen for pair in partners(key)}
             for key in served:
+                if key[2].endswith("large") and key not in seen:
+                    continue  # a call that writes sign bits
                 self.users.setdefault(key, []).append(call)
 
     def _rows_of(self, call: Callable[[], object]) -> set[RowKey]:
@@ -90,8 +93,11 @@ class Gate:
         found: dict[Launch, None] = {}
         for call in self.users[key]:
             for one in triton_aot.launches_of(table, self.capability, call):
-                if one.kernel == f"{key[0]}_kernel":
-                    found[one] = None
+                if one.kernel != f"{key[0]}_kernel":
+                    continue
+                if key[2].endswith("large") and not dict(one.constants)["PACKED"]:
+                    continue  # large tiles read packed weights alone
+                found[one] = None
         return sorted(found, key=_ease)
 
     def submit(self, key: RowKey, config: Config, pool: Executor) -> None:
@@ -131,7 +137,7 @@ class Gate:
 
 
 def with_row(table: Architecture, key: RowKey, config: Config) -> Architecture:
-    """The table with a configuration in a row, and in its wide or narrow partner.
+    """The table with a configuration in a row, and in its partners.
 
     So the row's kernel runs with it however many programs there are.
     """
@@ -141,10 +147,10 @@ def with_row(table: Architecture, key: RowKey, config: Config) -> Architecture:
 
 
 def partners(key: RowKey) -> set[RowKey]:
-    """The wide and the narrow row of a class: which of them serves a call depends on its tile."""
+    """The wide, narrow and large rows of a class: which serves a call depends on their tiles."""
     kernel, method, kind = key
-    wide = kind.removesuffix("narrow").strip()
-    return {(kernel, method, wide), (kernel, method, f"{wide} narrow".strip())}
+    wide = kind.removesuffix("narrow").removesuffix("large").strip()
+    return {(kernel, method, f"{wide} {size}".strip()) for size in ("", "narrow", "large")}
 
 
 def _ease(one: Launch) -> tuple[int, int]:

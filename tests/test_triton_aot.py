@@ -63,11 +63,12 @@ def forward(
     dtype: torch.dtype = torch.float32,
     C: int = 256,
     size: int = 32,
+    signs: bool = True,
 ) -> None:
     x = meta(batch, T, C, size, size, dtype=dtype)
     backend.spectral_conv(
         x, meta(C, C, K, 2), n=T, bias=meta(C), residual=x, negative_slope=SLOPE,
-        save_positive=True, out_dtype=dtype, precision=precision, **AXES,
+        save_positive=signs, out_dtype=dtype, precision=precision, **AXES,
     )  # fmt: skip
 
 
@@ -100,11 +101,14 @@ def calls() -> Iterator[Callable[[], object]]:
     for precision in ("fp32", "bf16x3", "tf32", "bf16"):
         for T, K in ((4, 2), (4, 3), (8, 5), (16, 8)):
             yield functools.partial(forward, T, K, 32, precision)
+            if K == 2:
+                yield functools.partial(forward, T, K, 32, precision, signs=False)
             yield functools.partial(backward_input, T, K, 32, precision)
             yield functools.partial(backward_input, T, min(K, 5), 1, precision, 8)
             yield functools.partial(backward_weight, T, K, precision)
     for precision, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float16)):
         yield functools.partial(forward, 4, 2, 32, precision, dtype)
+        yield functools.partial(forward, 4, 2, 32, precision, dtype, signs=False)
         yield functools.partial(backward_weight, 4, 2, precision, dtype)
     yield functools.partial(forward, 1, 1, 32, "fp32")
     yield functools.partial(forward, 1, 1, 1, "fp32", torch.float32, 1, 1)  # every 1 is a constant

@@ -561,6 +561,6 @@ def test_launchers_see_the_candidate_in_wide_and_narrow_rows_and_only_then() -> 
     with tuning_clock.table_in_use(candidate):
         rows = launch.architecture(device).rows
         changed = {key for key in rows if rows[key] != before[key]}
-        assert changed == {ROW, ("spectral_conv", "tf32", "3 narrow")}
+        assert changed == {key for key in rows if key[:2] == ROW[:2] and key[2].startswith("3")}
     assert launch.architecture(device) is configs.SAFE
     assert table.rows == before

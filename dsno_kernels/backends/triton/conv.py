@@ -209,7 +209,11 @@ def _plan(
     scale_length = axes.T if adjoint else n
     kind = fused_class(table, "spectral_conv", method, axes.T, n, K)
     common = device, table, axes, weight, adjoint, n, scale_length, method, epilogue
-    kernels = _plan_planar(*common) if kind is None else _plan_fused(kind, *common)
+    kernels: Fused | Planar
+    if kind is None:
+        kernels = _plan_planar(*common)
+    else:
+        kernels = _plan_fused(kind, *common, signs=save_positive)
     return Plan(y_shape, y_strides, positive, copy_x, copy_residual, kernels)
 
 
@@ -225,18 +229,29 @@ def fused_class(
 
 
 def choose_row(
-    table: Architecture, kernel: str, method: str, kind: str, rows: int, O: int, planes: int
+    table: Architecture,
+    kernel: str,
+    method: str,
+    kind: str,
+    rows: int,
+    O: int,
+    *,
+    planes: int = 1,
+    signs: bool = False,
 ) -> tuple[Config, bool]:
     """The row of the table that serves a problem, and whether to pack the weight for it.
 
-    Where wide tiles take more than one wave, programs read the weight again and again: it is worth
-    a launch to round and pack it once. Tiles that all run at once read it as it is, but for those
-    of class "8", whose registers are full. This is a model: it is not measured.
+    Large tiles, where the table has them, cannot write `signs`. Where large or wide tiles take more
+    than one wave, programs read the weight again and again: it is worth a launch to round and pack
+    it once. Tiles that all run at once read it as it is, but for those of class "8", whose
+    registers are full. This is a model: it is not measured.
     """
-    wide = table.rows[kernel, method, kind]
-    programs = launch.cdiv(rows, wide.tile[0]) * launch.cdiv(O, wide.tile[2]) * planes
-    if programs > table.multiprocessors:
-        return wide, True
+    for size in (kind,) if signs else (f"{kind} large", kind):
+        if (kernel, method, size) in table.rows:
+            config = table.rows[kernel, method, size]
+            programs = launch.cdiv(rows, config.tile[0]) * launch.cdiv(O, config.tile[2]) * planes
+            if programs > table.multiprocessors:
+                return config, True
     return table.rows[kernel, method, f"{kind} narrow".strip()], kind == "8"
 
 
@@ -300,11 +315,13 @@ def _plan_fused(
     scale_length: int,
     method: str,
     epilogue: Mapping[str, Any],
+    *,
+    signs: bool,
 ) -> Fused:
     I, O, K = axes.C, weight[0][0 if adjoint else 1], weight[0][2]
     pixels = launch.padded_pixels(axes.P)
     rows = axes.B * pixels
-    config, packed = choose_row(table, "spectral_conv", method, kind, rows, O, 1)
+    config, packed = choose_row(table, "spectral_conv", method, kind, rows, O, signs=signs)
     block_p, block_i, block_o = launch.blocks((rows, I, O), config)
     read = plan_weight(device, weight, adjoint, method, block_i, block_o, packed)
     kernel = Launch(
@@ -345,7 +362,7 @@ def _plan_planar(
 ) -> Planar:
     I, O, K = axes.C, weight[0][0 if adjoint else 1], weight[0][2]
     rows = axes.B * launch.padded_pixels(axes.P)
-    config, packed = choose_row(table, "spectral_conv_mix", method, "", rows, O, K)
+    config, packed = choose_row(table, "spectral_conv_mix", method, "", rows, O, planes=K)
     block_r, block_i, block_o = launch.blocks((rows, I, O), config)
     read = plan_weight(device, weight, adjoint, method, block_i, block_o, packed)
     mix = Launch(

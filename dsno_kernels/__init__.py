@@ -1,6 +1,6 @@
 """Fused kernels for the Fourier temporal convolution of DSNO, as PyTorch functions and modules."""
 
-from dsno_kernels import diffusion, models, nn
+from dsno_kernels import diffusion, integrations, models, nn
 from dsno_kernels.backends import use_backend
 from dsno_kernels.functional import (
     SolverStep,
@@ -25,6 +25,7 @@ __all__ = [
     "exp_step",
     "explain",
     "group_norm_silu",
+    "integrations",
     "models",
     "nn",
     "restore_layers",

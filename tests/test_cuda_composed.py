@@ -5,7 +5,6 @@ GPU, with the device code and the products on the CPU.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -330,43 +329,6 @@ def test_who_serves_which_length(
     request = Request(op, CUDA, torch.float32, length=length)
     assert backends._select.__wrapped__("", request) == first
     assert f": {first}\n" in backends.explain_request(request)
-
-
-class TestFallback:
-    """A CUDA tensor that no kernel serves: the reference runs, and says so once."""
-
-    @pytest.fixture(autouse=True)
-    def old_gpu(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        self.capability = (7, 5)
-        monkeypatch.setattr(backends, "_reported", set())
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: self.capability)
-        backends.unsupported.cache_clear()
-        yield
-        backends.unsupported.cache_clear()
-
-    def selected(self, op: str, dtype: torch.dtype) -> tuple[object, list[str]]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            chosen = backends._select.__wrapped__("", Request(op, CUDA, dtype))
-        return chosen, [str(warning.message) for warning in caught]
-
-    def test_once_for_each_op_and_kind_of_gpu(self) -> None:
-        chosen, (message,) = self.selected("spectral_conv", torch.float32)
-        assert chosen is reference
-        assert "runs spectral_conv in torch.float32 on this GPU (compute capability 7.5)" in message
-        assert "triton: " in message and "cuda: " in message and "cupy: " in message
-        assert self.selected("spectral_conv", torch.float16) == (reference, [])
-        assert len(self.selected("truncated_rfft", torch.float32)[1]) == 1
-        self.capability = (7, 0)
-        assert len(self.selected("spectral_conv", torch.float16)[1]) == 1
-
-    def test_not_of_what_is_for_the_reference_by_design(self) -> None:
-        assert self.selected("spectral_conv", torch.float64) == (reference, [])
-        assert self.selected("abs_rank", torch.float32) == (reference, [])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            request = Request("spectral_conv", CUDA, torch.float32)
-            assert backends._select.__wrapped__("reference", request) is reference
 
 
 @pytest.mark.parametrize(

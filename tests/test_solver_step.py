@@ -312,6 +312,18 @@ def test_samples_of_mixed_orders_are_those_of_single_calls_bitwise() -> None:
 
 
 @pytest.mark.parametrize("backend", STEP_BACKENDS)
+def test_in_place_over_a_model_that_returns_its_input(backend: str) -> None:
+    """The output lies where base' is written; the entry is still the output before that."""
+    point = torch.randn(2, 3, 700)
+    expected = dk.solver_step(point, point.clone(), ROW, inplace=False, backend=backend)
+    state = point.clone()
+    actual = dk.solver_step(state, state, ROW, inplace=True, backend=backend)
+    assert actual.entry is not None and expected.entry is not None
+    assert torch.equal(actual.entry, expected.entry)
+    assert torch.equal(actual.base, expected.base)
+
+
+@pytest.mark.parametrize("backend", STEP_BACKENDS)
 def test_opcheck(backend: str) -> None:
     point, output, history = inputs(3)
     ring, base = torch.randn(3, *SHAPE), torch.randn(SHAPE)

@@ -88,9 +88,10 @@ struct SolverStep {
                 input.sum(values, count, narrow);
                 write_block(a.model_input, at, count, narrow);
             }
+            // The entry first: it may be the model's output itself, where base' is to be written.
+            if (a.entry.data) write_block(a.entry, at, count, values[kHistory]);
             if (a.new_base.data) write_block(a.new_base, at, count, buffers[kBase]);
             if (a.new_point.data) write_block(a.new_point, at, count, values[kBase]);
-            if (a.entry.data) write_block(a.entry, at, count, values[kHistory]);
         }
     }
 

@@ -403,3 +403,14 @@ def test_reductions_are_split_into_whole_waves(tiles: int, steps: int, splits: i
     per_split, found = weight_grad.split_rows(rows, 32, tiles, 132)
     assert found == splits and per_split % 32 == 0
     assert (found - 1) * per_split < rows <= found * per_split
+
+
+def test_a_gpu_without_a_table_takes_the_safe_rows_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    launch.architecture.cache_clear()
+    device = torch.device("cuda", 0)
+    with pytest.warns(UserWarning, match=r"capability 12\.0: .* sm_86"):
+        assert launch.architecture(device) is configs.SAFE
+    launch.architecture.cache_clear()

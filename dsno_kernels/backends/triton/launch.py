@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,12 @@ Direct = tuple[Callable[..., Any], Any, Any]
 def architecture(device: torch.device) -> Architecture:
     """The table of a device; the interpreter takes that of the safe architecture."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if device.type == "cuda" and capability not in configs.ARCHITECTURES:
+        warnings.warn(
+            "no launch table for compute capability {}.{}: Triton kernels take the rows of sm_86;"
+            " `python benchmarks/tune.py` measures a table".format(*capability),
+            stacklevel=2,
+        )
     return configs.ARCHITECTURES.get(capability, configs.SAFE)
 
 

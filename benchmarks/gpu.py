@@ -327,11 +327,11 @@ def deadline(stage: Stage, later: list[Stage], left: float, scale: float) -> flo
 
 
 def fails(outcome: Outcome) -> bool:
-    """Whether a test or check failed; a stopped benchmark has kept what it had measured."""
+    """Whether a test or check failed. What was stopped elsewhere has kept what it had found."""
     if outcome.stage in ("compile", "tune"):  # the benchmarks and tests show what is wrong
         return False
     if outcome.state.startswith("stopped"):
-        return not outcome.stage.startswith("bench")
+        return outcome.stage in ("info", "build", "test")
     needed = outcome.stage in ("info", "build", "test") and "not installed" in outcome.state
     return outcome.state == "failed" or needed
 
@@ -359,6 +359,12 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in options.only or [] if name not in names]
     if unknown:
         parser.error(f"unknown stage {unknown[0]!r}; accepted: {', '.join(names)}")
+    lacking = [name for name in ("torch", "pytest") if importlib.util.find_spec(name) is None]
+    if lacking:
+        parser.error(
+            f"{sys.executable} has no {' and no '.join(lacking)}: name a Python that has,"
+            " make gpu PY=.., or install it"
+        )
     if not options.dry_run and options.only != ["report"] and not sees_a_gpu():
         print("gpu: PyTorch sees no CUDA device here; --dry-run --out DIR runs on the CPU")
         return 2

@@ -40,7 +40,7 @@ def commit() -> dict[str, Any]:
     `DSNO_KERNELS_COMMIT` names it where the source travels without its history.
     """
     if named := os.environ.get("DSNO_KERNELS_COMMIT"):
-        return {"id": named, "dirty": False}
+        return {"id": named, "dirty": None}
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "-uno"])
     try:
         head, changed = (

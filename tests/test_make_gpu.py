@@ -141,7 +141,7 @@ def test_a_journal_survives_a_cut_and_the_later_entry_counts(
     written = journal.write_results(path, tmp_path)
     assert written == tmp_path / "a.json"
     content = json.loads(written.read_text())
-    assert content["commit_info"] == {"id": "abc", "dirty": False}
+    assert content["commit_info"] == {"id": "abc", "dirty": None}
     found = {entry["name"]: entry["extra_info"]["seconds"] for entry in content["benchmarks"]}
     assert found == {"x": 3.0, "y": 2.0}
     assert not list(tmp_path.glob("*.partial"))
@@ -261,6 +261,7 @@ def test_what_the_sanitizer_says(code: int | None, text: str, state: str, tmp_pa
         ("test", "skipped: pytest not installed", True),
         ("build", "failed", True),
         ("memcheck", "failed", True),
+        ("memcheck", "stopped at its deadline of 75 s", False),
         ("memcheck", "skipped: compute-sanitizer is not on PATH", False),
         ("compile", "failed", False),
         ("bench_overhead", "failed", True),
@@ -289,6 +290,10 @@ def test_arguments_that_make_no_sense(
         with pytest.raises(SystemExit) as stopped:
             gpu.main(arguments)
         assert stopped.value.code == 2
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        gpu.main(["--out", str(tmp_path)])
+    assert "has no torch and no pytest: name a Python that has" in capsys.readouterr().err
     monkeypatch.setattr(gpu, "sees_a_gpu", lambda: False)
     assert gpu.main(["--out", str(tmp_path)]) == 2
     assert "sees no CUDA device" in capsys.readouterr().out

@@ -290,9 +290,10 @@ def test_arguments_that_make_no_sense(
         with pytest.raises(SystemExit) as stopped:
             gpu.main(arguments)
         assert stopped.value.code == 2
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
-        gpu.main(["--out", str(tmp_path)])
+        with pytest.raises(SystemExit):
+            gpu.main(["--out", str(tmp_path)])
     assert "has no torch and no pytest: name a Python that has" in capsys.readouterr().err
     monkeypatch.setattr(gpu, "sees_a_gpu", lambda: False)
     assert gpu.main(["--out", str(tmp_path)]) == 2

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsno_kernels.models import CapturedModel, capture
+from dsno_kernels import _cuda_graph
+from dsno_kernels.models import CapturedModel
 
 
 class Doubler(nn.Module):
@@ -37,7 +38,7 @@ class FakeGraph:
 
 
 def host_record(run: Callable[[], Tensor]) -> tuple[FakeGraph, Tensor]:
-    """What `capture._record` does, with a graph that runs the captured code again."""
+    """What `_cuda_graph.record` does, with a graph that runs the captured code again."""
     graph, output = FakeGraph(), run()
 
     def replay() -> None:
@@ -49,8 +50,8 @@ def host_record(run: Callable[[], Tensor]) -> tuple[FakeGraph, Tensor]:
 
 def capture_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU pass for a GPU in `CapturedModel`."""
-    monkeypatch.setattr(capture, "_record", host_record)
-    monkeypatch.setattr(capture, "DEVICE", "cpu")
+    monkeypatch.setattr(_cuda_graph, "record", host_record)
+    monkeypatch.setattr(_cuda_graph, "DEVICE", "cpu")
     fake = types.SimpleNamespace(device=lambda _: contextlib.nullcontext(), Event=Mock)
     monkeypatch.setattr(torch, "cuda", fake)
 
@@ -185,7 +186,7 @@ def test_recording_warms_up_on_a_side_stream_and_captures_once(
         graph=lambda graph, stream: within(f"graph on {stream.name}"),
     )
     monkeypatch.setattr(torch, "cuda", fake)
-    graph, output = capture._record(lambda: events.append("run") or X)
+    graph, output = _cuda_graph.record(lambda: events.append("run") or X)
     warm = ["side begins", "run", "run", "run", "side ends"]
     wait = ["side waits for current", *warm, "current waits for side"]
     assert events == [*wait, "graph on side begins", "run", "graph on side ends"]

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dsno_kernels import _cuda_graph
 from dsno_kernels.diffusion._rows import Setting
 from dsno_kernels.functional import exp_step, solver_step
-from dsno_kernels.models import capture
 
 
 class DeviceRows:
@@ -104,13 +104,13 @@ class DeviceRows:
 
     def captured(self) -> Callable[[], object]:
         """A replay of the row as a CUDA graph; `begin` anew afterwards."""
-        if self.base.device.type != capture.DEVICE:
+        if self.base.device.type != _cuda_graph.DEVICE:
             raise ValueError(
                 f"a CUDA graph needs x_T on a CUDA device, got {self.base.device}; sample without"
                 " a graph there"
             )
         with torch.cuda.device(self.base.device):
-            graph, _ = capture._record(self.row)
+            graph, _ = _cuda_graph.record(self.row)
         return graph.replay
 
     def states(self, run: Callable[[], object]) -> Iterator[tuple[int, Tensor, Tensor | None]]:

@@ -6,14 +6,11 @@ A replay costs the host one launch, so that it no longer limits the small levels
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-DEVICE = "cuda"
-# Runs before the capture: kernels are compiled and workspaces allocated in them.
-_WARM_UP = 3
+from dsno_kernels import _cuda_graph
 
 
 class CapturedModel:
@@ -56,7 +53,7 @@ class CapturedModel:
                 raise ValueError(f"{name!r} of the model is in training mode; call model.eval()")
         state = [*model.parameters(), *model.buffers()]
         devices = sorted({str(tensor.device) for tensor in (*state, *inputs)})
-        if len(devices) != 1 or not devices[0].startswith(DEVICE):
+        if len(devices) != 1 or not devices[0].startswith(_cuda_graph.DEVICE):
             raise ValueError(
                 "a CUDA graph needs the model and its inputs on one CUDA device, got"
                 f" {', '.join(devices)}; call the model itself elsewhere"
@@ -80,7 +77,7 @@ class CapturedModel:
 
         self._device = self._inputs[0].device
         with torch.cuda.device(self._device):
-            self._graph, self._output = _record(run)
+            self._graph, self._output = _cuda_graph.record(run)
             self._done = torch.cuda.Event()  # of the last call: the next may be on another stream
         if not isinstance(self._output, Tensor):
             raise TypeError(f"the model must return one tensor, got {type(self._output).__name__}")
@@ -132,18 +129,3 @@ def _check_tensors(inputs: tuple[Tensor, ...]) -> None:
     for place, tensor in enumerate(inputs):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"input {place} must be a torch.Tensor, got {type(tensor).__name__}")
-
-
-def _record(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """The graph of `run`, and the tensor that its replays write."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # A stream of this device: the default of torch.cuda.graph stays on that of the first capture.
-    with torch.cuda.graph(graph, stream=side):
-        output = run()
-    return graph, output

@@ -354,7 +354,8 @@ def test_denoisers_that_are_refused(
         ({"noise": lambda i: X[:1], "plan": "sde"}, ValueError, r"noise must have the shape"),
         ({"history": [X[:1]], "plan": "seeded"}, ValueError, r"history\[0\] must have the shape"),
     ],
-    ids=str,
+    # Not the arguments themselves: every process must give a test the same name.
+    ids=lambda given: "-".join(given) if isinstance(given, dict) else "",
 )
 def test_arguments_that_are_refused(
     options: dict[str, Any], error: type[Exception], text: str

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import dsno_kernels as dk
+from dsno_kernels import _layout
 from dsno_kernels.backends import Request, cpu, reference
 from tests.helpers import BUDGETS, IO_BUDGET, assert_close
 
@@ -93,7 +94,7 @@ def check_conv(
 def _padding_bits(
     positive: Tensor, shape: list[int], time_dim: int, channel_dim: int
 ) -> tuple[Tensor, Tensor]:
-    pixels = reference._pixels(torch.empty(shape), time_dim, channel_dim)
+    _, pixels = _layout.group_sizes(shape, time_dim, channel_dim)
     last = positive[..., -1] & (0xFF << pixels % 8 & 0xFF if pixels % 8 else 0)
     return last, torch.zeros_like(last)
 

@@ -44,7 +44,7 @@ $(VENV)/.packages: $(VENV)/.torch requirements/constraints.txt
 	@touch $@
 
 $(VENV)/.extension: $(VENV)/.packages pyproject.toml setup.py $(SOURCES)
-	$(PIP) --no-build-isolation --editable ".[demo,test,bench,dev]"
+	$(PIP) --no-build-isolation --editable ".[demo,train,test,bench,dev]"
 	@touch $@
 
 setup: $(VENV)/.extension

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 from types import ModuleType
@@ -87,3 +88,12 @@ def report() -> str:
     for op in OPS:
         lines += ["", dsno_kernels.explain(op)]
     return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`info` has none."""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The command `info`."""
+    print(report())

@@ -15,9 +15,9 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 PIL_Image = pytest.importorskip("PIL.Image")
 
-from dsno_kernels import demo  # noqa: E402
+from dsno_kernels import commands, demo  # noqa: E402
 from dsno_kernels.demo import compare, data, figure, student, teacher  # noqa: E402
-from dsno_kernels.demo import run as demo_run  # noqa: E402
+from dsno_kernels.demo import steps as demo_steps  # noqa: E402
 from dsno_kernels.models import logsnr_schedule  # noqa: E402
 from tests.helpers import FLOAT64, assert_close  # noqa: E402
 
@@ -141,7 +141,7 @@ def test_bad_data_is_one_line_and_exit_code_2(
         path.mkdir()
     if kind == "broken":
         (path / "a.png").write_bytes(b"x")
-    assert demo.main(["--data", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert commands.main(["demo", "--data", str(path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert str(path) in error[-1]
     assert ".png" in error[-1]
@@ -150,7 +150,7 @@ def test_bad_data_is_one_line_and_exit_code_2(
 
 def test_out_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("x")
-    assert demo.main(["--out", str(tmp_path / "file")]) == 2
+    assert commands.main(["demo", "--out", str(tmp_path / "file")]) == 2
     assert "--out" in capsys.readouterr().err
 
 
@@ -158,7 +158,7 @@ def test_missing_extra_names_the_install_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(demo._EXTRAS, "no_such_module_here", "some-package")
-    assert demo.main([]) == 2
+    assert commands.main(["demo"]) == 2
     error = capsys.readouterr().err
     assert "some-package" in error
     assert "pip install dsno-kernels[demo]" in error
@@ -166,7 +166,7 @@ def test_missing_extra_names_the_install_command(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_cuda_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main(["--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert commands.main(["demo", "--device", "cuda", "--out", str(tmp_path)]) == 2
     assert "--device cpu" in capsys.readouterr().err
 
 
@@ -176,8 +176,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "LAYER_SHAPE", (2, 4, 32, 4, 4))
     monkeypatch.setattr(compare, "ROUNDS", 1)
     monkeypatch.setattr(student, "BATCH", 4)
-    monkeypatch.setattr(demo_run, "HELD_OUT", 8)
-    monkeypatch.setattr(demo_run, "TEACHER_STEPS", 8)
+    monkeypatch.setattr(demo_steps, "HELD_OUT", 8)
+    monkeypatch.setattr(demo_steps, "TEACHER_STEPS", 8)
     monkeypatch.setattr(data, "digits", lambda digits=data.digits: digits()[:50])
     monkeypatch.setattr(figure, "COLUMNS", 4)
 
@@ -198,7 +198,7 @@ def test_demo_writes_its_picture_and_its_numbers(
             "--device",
             "cpu",
         ]
-        assert demo.main(arguments) == 0
+        assert commands.main(["demo", *arguments]) == 0
         assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["demo.json", "demo.png"]
         results.append(json.loads((tmp_path / name / "demo.json").read_text()))
     with PIL_Image.open(tmp_path / "one" / "demo.png") as picture:
@@ -216,7 +216,7 @@ def test_demo_on_own_images(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--data", str(pictures), "--steps", "1", "--size", "16", "--out", str(tmp_path)]
-    assert demo.main([*arguments, "--device", "cpu"]) == 0
+    assert commands.main(["demo", *arguments, "--device", "cpu"]) == 0
     assert "6 images" in capsys.readouterr().out
 
 
@@ -229,7 +229,7 @@ def test_interrupt_leaves_an_earlier_result_alone(
 
     (tmp_path / "demo.png").write_bytes(b"earlier")
     monkeypatch.setattr(student, "train", interrupt)
-    assert demo.main(["--steps", "1", "--out", str(tmp_path), "--device", "cpu"]) == 130
+    assert commands.main(["demo", "--steps", "1", "--out", str(tmp_path), "--device", "cpu"]) == 130
     assert (tmp_path / "demo.png").read_bytes() == b"earlier"
     assert [p.name for p in tmp_path.iterdir()] == ["demo.png"]
     error = capsys.readouterr().err

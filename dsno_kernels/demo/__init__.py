@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
-import sys
 from pathlib import Path
+
+from dsno_kernels.training.errors import CommandError
 
 _EXTRAS = {
     "sklearn": "scikit-learn",
@@ -24,40 +24,36 @@ _EXTRAS = {
 STEPS = 900
 
 
-def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(
-        prog="python -m dsno_kernels demo",
-        description="Train a small DSNO on real images, sample in one step, compare the layers.",
-    )
-    options.add_argument(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the demo."""
+    parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="PNG or JPEG images; default: real 8x8 digits"
     )
-    options.add_argument(
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
         default=Path("demo_output"),
         help="default: %(default)s",
     )
-    options.add_argument(
+    parser.add_argument(
         "--size",
         type=int,
         choices=(8, 16),
         default=8,
         help="pixels a side, for --data (16: 4x slower)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--steps",
         type=_positive,
         default=STEPS,
         metavar="N",
         help="training steps; default: %(default)s",
     )
-    options.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    options.add_argument(
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
     )
-    return options
 
 
 def _positive(text: str) -> int:
@@ -78,44 +74,14 @@ def missing_extras() -> list[str]:
     return missing
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the demo.
+def run(arguments: argparse.Namespace) -> None:
+    """The command `demo`.
 
-    Args:
-        argv: the arguments after ``demo``; None takes those of the process.
-
-    Returns:
-        0; 2 for input that cannot be used or a package that is missing, with one line on stderr;
-        130 after Ctrl-C.
+    Raises:
+        CommandError: input that cannot be used, or a package that is missing.
     """
-    options = parser().parse_args(argv)
-    try:
-        if missing := missing_extras():
-            return _fail(f"missing {', '.join(missing)}; run: pip install dsno-kernels[demo]")
-        return _run(options)
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted", file=sys.stderr)
-        return 130
+    if missing := missing_extras():
+        raise CommandError(f"missing {', '.join(missing)}; run: pip install dsno-kernels[demo]")
+    from dsno_kernels.demo import steps
 
-
-def _run(options: argparse.Namespace) -> int:
-    """The demo, with its warnings on stderr."""
-    from dsno_kernels.demo.data import DemoError
-    from dsno_kernels.demo.run import run
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("demo: warning: %(message)s"))
-    logger = logging.getLogger(__name__)
-    logger.addHandler(handler)
-    try:
-        run(options)
-    except DemoError as error:
-        return _fail(str(error))
-    finally:
-        logger.removeHandler(handler)
-    return 0
-
-
-def _fail(message: str) -> int:
-    print(f"demo: {message}", file=sys.stderr)
-    return 2
+    steps.run(arguments)

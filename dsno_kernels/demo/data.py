@@ -9,16 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsno_kernels.training.errors import CommandError
+
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 # The teacher compares each noise with every image: more than this would take minutes and teach a
 # small student no more.
 MAX_IMAGES = 4096
-
-
-class DemoError(Exception):
-    """Why the demo cannot run, in one line."""
 
 
 def digits() -> Tensor:
@@ -42,17 +40,17 @@ def folder(path: Path, size: int) -> Tensor:
         read is left out with a warning.
 
     Raises:
-        DemoError: no such folder, or not one readable image in it.
+        CommandError: no such folder, or not one readable image in it.
     """
     accepted = "PNG or JPEG files (.png, .jpg, .jpeg)"
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
-        raise DemoError(f"--data {path} {what}; give a folder with {accepted}")
+        raise CommandError(f"--data {path} {what}; give a folder with {accepted}")
     files = sorted(
         file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
     )
     if not files:
-        raise DemoError(f"--data {path} holds no images; give a folder with {accepted}")
+        raise CommandError(f"--data {path} holds no images; give a folder with {accepted}")
     if len(files) > MAX_IMAGES:
         logger.warning(
             "%d images found; %d of them, evenly spaced, are used", len(files), MAX_IMAGES
@@ -68,7 +66,7 @@ def folder(path: Path, size: int) -> Tensor:
             logger.warning("%s is left out: %s", file, error or type(error).__name__)
     if not images:
         unread = f"none of its {len(files)} images can be read"
-        raise DemoError(f"--data {path}: {unread}; give a folder with {accepted}")
+        raise CommandError(f"--data {path}: {unread}; give a folder with {accepted}")
     stack = torch.from_numpy(np.stack(images))  # [N, H, W, 3]
     if (stack == stack[..., :1]).all():
         stack = stack[..., :1]

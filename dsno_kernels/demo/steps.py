@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import dsno_kernels as dk
 from dsno_kernels.demo import compare, data, figure, student, teacher
-from dsno_kernels.demo.data import DemoError
 from dsno_kernels.demo.figure import Row, Section
+from dsno_kernels.training.errors import CommandError
 
 FRAMES = 4  # T of the published models
 TEACHER_STEPS = 64
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     """Train, sample, measure, write.
 
     Raises:
-        DemoError: the device, the data or the output folder cannot be used.
+        CommandError: the device, the data or the output folder cannot be used.
     """
     started = time.perf_counter()
     device = choose_device(options.device)
@@ -85,7 +85,7 @@ def say(line: str) -> None:
 def choose_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise DemoError("--device cuda, but PyTorch sees no CUDA device here; use --device cpu")
+        raise CommandError("--device cuda, but PyTorch sees no CUDA device here; use --device cpu")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
@@ -98,7 +98,7 @@ def prepare_folder(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise DemoError(
+        raise CommandError(
             f"--out {path} cannot be written ({error.strerror}); give a folder that can"
         ) from None
 
@@ -283,7 +283,7 @@ def write(
             folder / "demo.json", {s.title: [row._asdict() for row in s.rows] for s in sections}
         )
     except OSError as error:
-        raise DemoError(
+        raise CommandError(
             f"--out {folder} cannot be written ({error.strerror}); give a folder that can"
         ) from None
 

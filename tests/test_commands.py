@@ -1,0 +1,111 @@
+"""The tree of commands: what is imported when, and how a command ends."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+
+from dsno_kernels import commands
+from dsno_kernels.training.errors import CommandError
+
+
+def add(
+    monkeypatch: pytest.MonkeyPatch, name: str, run: Callable[[argparse.Namespace], None]
+) -> None:
+    """A command with one option, in a module of its own."""
+    module = types.ModuleType("made_up")
+    module.add_arguments = lambda parser: parser.add_argument("--count", type=int, default=1)
+    module.run = run
+    monkeypatch.setitem(sys.modules, "made_up", module)
+    monkeypatch.setattr(commands, "COMMANDS", {name: ("made up for a test", "made_up")})
+
+
+@pytest.mark.parametrize("name", ["count", "train count"], ids=["alone", "in a group"])
+def test_a_command_gets_its_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    add(monkeypatch, name, lambda arguments: counts.append(arguments.count))
+    assert commands.main([*name.split(), "--count", "3"]) == 0
+    assert commands.main(name.split()) == 0
+    assert counts == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (CommandError("no such file"), 2, "train count: no such file"),
+        (
+            ModuleNotFoundError("No module named 'lmdb'", name="lmdb"),
+            2,
+            "train count: missing lmdb; run: pip install dsno-kernels[train]",
+        ),
+        (KeyboardInterrupt(), 130, "train count: interrupted"),
+        (KeyboardInterrupt("step 7 is saved"), 130, "train count: interrupted; step 7 is saved"),
+    ],
+    ids=["command", "package", "interrupt", "interrupt with a word"],
+)
+def test_what_ends_a_command_is_one_line(
+    error: BaseException,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        raise error
+
+    add(monkeypatch, "train count", run)
+    assert commands.main(["train", "count"]) == code
+    assert capsys.readouterr().err.strip() == line
+
+
+def test_a_fault_of_the_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        raise ModuleNotFoundError("No module named 'dsno_kernels.gone'", name="dsno_kernels.gone")
+
+    add(monkeypatch, "count", run)
+    with pytest.raises(ModuleNotFoundError, match="gone"):
+        commands.main(["count"])
+
+
+def test_warnings_of_the_package_carry_the_name_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import logging
+
+    logger = logging.getLogger("dsno_kernels.made_up")
+    add(monkeypatch, "count", lambda arguments: logger.warning("%d left out", 2))
+    assert commands.main(["count"]) == 0
+    assert capsys.readouterr().err == "count: warning: 2 left out\n"
+    assert not logging.getLogger("dsno_kernels").handlers
+
+
+def test_help_imports_no_command() -> None:
+    code = (
+        "import sys; from dsno_kernels import commands\n"
+        "try: commands.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "for summary, module in commands.COMMANDS.values(): assert module not in sys.modules\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    for name in commands.COMMANDS:
+        assert name.split()[0] in out.stdout
+
+
+@pytest.mark.parametrize("name", sorted(commands.COMMANDS))
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        commands.main([*name.split(), "--help"])
+    assert stop.value.code == 0
+    assert f"python -m dsno_kernels {name}" in capsys.readouterr().out
+
+
+def test_an_unknown_argument_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        commands.main(["info", "more"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: more" in capsys.readouterr().err

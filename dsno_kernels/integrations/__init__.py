@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["diffusers"]  # noqa: F822: by __getattr__
+__all__ = ["diffusers", "dsno"]
 
 
 def __getattr__(name: str) -> ModuleType:

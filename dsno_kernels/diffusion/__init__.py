@@ -1,6 +1,14 @@
-"""Diffusion samplers: noising processes, time grids, and solver plans (tables of coefficients)."""
+"""Diffusion samplers: noising processes, time grids, solver plans (tables of coefficients), and
+denoisers.
+"""
 
 from dsno_kernels.diffusion.captured import CapturedSampler
+from dsno_kernels.diffusion.denoisers import (
+    ExactDenoiser,
+    for_process,
+    from_diffusers,
+    from_edm,
+)
 from dsno_kernels.diffusion.discrete import DiscreteVP
 from dsno_kernels.diffusion.grids import time_grid
 from dsno_kernels.diffusion.plan import SolverPlan
@@ -20,11 +28,15 @@ __all__ = [
     "VE",
     "CapturedSampler",
     "DiscreteVP",
+    "ExactDenoiser",
     "FlowMatching",
     "Process",
     "SolverPlan",
     "VPCosine",
     "VPLinear",
+    "for_process",
+    "from_diffusers",
+    "from_edm",
     "sample",
     "solvers",
     "time_grid",

@@ -80,6 +80,7 @@ def test_inverse(name: str) -> None:
     process, _, times = CASES[name]
     t = torch.tensor(times, dtype=torch.float64)
     torch.testing.assert_close(process.inverse(process.log_snr(t)), t, rtol=1e-13, atol=1e-15)
+    assert process.inverse(process.log_snr(t[0])).shape == ()
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "ve"])

@@ -96,5 +96,5 @@ class DiscreteVP(VP):
         first = low < 0
         low = low.clamp(0, len(y) - 2)
         inside = low + (exponent - y[low]) / (y[low + 1] - y[low])
-        power = -torch.expm1(-torch.where(first, exponent, y[:1])) / (1 - self.alphas_cumprod[0])
+        power = -torch.expm1(-torch.where(first, exponent, y[0])) / (1 - self.alphas_cumprod[0])
         return torch.where(first, power.sqrt() - 1, inside)

@@ -1,7 +1,8 @@
 """The commands of `python -m dsno_kernels`; the module of a command is imported when it is chosen.
 
 Such a module has ``add_arguments(parser)`` and ``run(arguments)``. What ends a command early is one
-line on stderr: a `CommandError` or a missing package with exit code 2, Ctrl-C with exit code 130.
+line on stderr: with exit code 2 a `CommandError`, a `ModelFileError`, a package that is missing or
+a file system that refuses; with exit code 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dsno_kernels.models.files import ModelFileError
 from dsno_kernels.training.errors import CommandError
 
 # Command: (what it does, its module).
@@ -93,13 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             name += f" (rank {os.environ.get('RANK', '?')})"
         with _warnings(name):
             arguments.run(arguments)
-    except CommandError as error:
+    except (CommandError, ModelFileError) as error:
         return _end(f"{name}: {error}", 2)
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
         package, extra = EXTRAS[error.name]
         return _end(f"{name}: missing {package}; run: pip install dsno-kernels[{extra}]", 2)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return _end(f"{name}: {f'{error.filename}: ' if error.filename else ''}{reason}", 2)
     except KeyboardInterrupt as stop:
         return _end(f"\n{name}: interrupted{'; ' if stop.args else ''}{stop}", 130)
     return 0

@@ -95,14 +95,14 @@ class DSNO(nn.Module):
 
         Args:
             x: noise, ``(B, C, H, W)``.
-            logsnr: log-SNR of the times wanted, ``(T,)``.
+            logsnr: log-SNR of the times wanted, ``(T,)``, or ``(B, T)`` for each image its own.
             y: classes, ``(B,)`` integers or ``(B, num_classes)`` weights (one-hot, or a mixture).
         """
         config = self.config
         self._check(x, logsnr, y)
         modules = iter(self.all_modules)
         embedding = F.silu(self._embed(modules, logsnr, y, x.dtype))  # [B or 1, T, D]
-        T = logsnr.shape[0]
+        T = logsnr.shape[-1]
         h = next(modules)(x)[:, None]  # [B, 1, C, H, W]: the first block broadcasts it over T
         if not self.kernels:
             h = h.expand(-1, T, -1, -1, -1)
@@ -142,11 +142,15 @@ class DSNO(nn.Module):
     def _embed(
         self, modules: Iterator[nn.Module], logsnr: Tensor, y: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """Embedding of log-SNR and class, ``(B, T, D)``, or ``(1, T, D)`` without classes."""
+        """Embedding of log-SNR and class, ``(B, T, D)``, or ``(1, T, D)`` where all images share
+        the times and there are no classes.
+        """
         config = self.config
         u = _logsnr_input(logsnr.float(), config.logsnr_input)
         embedding: Tensor = next(modules)(_sinusoids(u * 1000.0, config.channels).to(dtype))
-        embedding = next(modules)(F.silu(embedding)).unsqueeze(0)
+        embedding = next(modules)(F.silu(embedding))
+        if logsnr.ndim == 1:
+            embedding = embedding.unsqueeze(0)
         if y is not None:
             classes = y if y.is_floating_point() else F.one_hot(y.long(), config.num_classes)
             embedding = embedding + next(modules)(classes.to(dtype)).unsqueeze(1)
@@ -159,12 +163,16 @@ class DSNO(nn.Module):
             raise ValueError(
                 f"x must have shape (B, {', '.join(map(str, image))}), got {tuple(x.shape)}"
             )
-        if logsnr.ndim != 1 or logsnr.shape[0] == 0:
-            raise ValueError(f"logsnr must have shape (T,) with T >= 1, got {tuple(logsnr.shape)}")
-        if config.time_conv and config.modes > logsnr.shape[0] // 2 + 1:
+        fits = logsnr.ndim == 1 or (logsnr.ndim == 2 and len(logsnr) == len(x))
+        if not fits or logsnr.shape[-1] == 0:
             raise ValueError(
-                f"{config.modes} modes need at least {2 * config.modes - 2} times,"
-                f" got {logsnr.shape[0]}"
+                f"logsnr must have shape (T,) or ({len(x)}, T) with T >= 1,"
+                f" got {tuple(logsnr.shape)}"
+            )
+        T = logsnr.shape[-1]
+        if config.time_conv and config.modes > T // 2 + 1:
+            raise ValueError(
+                f"{config.modes} modes need at least {2 * config.modes - 2} times, got {T}"
             )
         if config.num_classes == 0:
             if y is not None:
@@ -236,9 +244,9 @@ def _logsnr_input(logsnr: Tensor, kind: str) -> Tensor:
 
 
 def _sinusoids(u: Tensor, dim: int) -> Tensor:
-    """``(T,) -> (T, dim)``: sines, then cosines, of dim/2 frequencies from 1 to 1e-4."""
+    """``(..., T) -> (..., T, dim)``: sines, then cosines, of dim/2 frequencies from 1 to 1e-4."""
     half = dim // 2
     index = torch.arange(half, dtype=u.dtype, device=u.device)
     frequencies = torch.exp(index * (-math.log(10000.0) / (half - 1)))
-    angles = u[:, None] * frequencies
+    angles = u[..., None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -1,0 +1,110 @@
+"""The EDM denoiser: its coefficients against the table, noise levels for each sample."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsno_kernels.models import DSNO, DSNOConfig, EDMDenoiser
+from tests.helpers import FLOAT64, assert_close
+
+TINY = DSNOConfig(
+    image_size=8,
+    image_channels=1,
+    channels=32,
+    channel_mult=(1, 1),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    embedding_dim=32,
+    num_classes=3,
+)
+# About 20 layers of float32; only the order of the batch differs.
+MODEL = 1e-5
+
+
+class Recorded(nn.Module):
+    """A network that returns a constant and keeps its inputs."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(3.0, dtype=dtype))
+
+    def forward(self, x: Tensor, logsnr: Tensor, y: Tensor | None) -> Tensor:
+        self.inputs = x, logsnr, y
+        return self.value.expand(len(x), 1, *x.shape[1:])
+
+
+def test_coefficients_are_those_of_edm() -> None:
+    network, sigma_data = Recorded(), 0.3
+    x = torch.randn(4, 1, 2, 2, dtype=torch.float64)
+    sigma = torch.tensor([0.002, 0.3, 1.0, 80.0], dtype=torch.float64)
+    out = EDMDenoiser(network, sigma_data)(x, sigma)
+    s, noisy = sigma[:, None, None, None], sigma_data**2 + sigma**2
+    noisy = noisy[:, None, None, None]
+    c_skip, c_out = sigma_data**2 / noisy, s * sigma_data / noisy.sqrt()
+    assert_close(out, c_skip * x + c_out * 3.0, FLOAT64)
+    assert_close(network.inputs[0], x / noisy.sqrt(), FLOAT64)
+    assert_close(network.inputs[1], -2.0 * sigma.log()[:, None], FLOAT64)
+
+
+@pytest.mark.parametrize("y", [None, torch.tensor([2, 0, 1])], ids=["plain", "classes"])
+def test_each_sample_has_its_own_noise_level(y: Tensor | None) -> None:
+    config = dataclasses.replace(TINY, time_conv=False, num_classes=0 if y is None else 3)
+    model = EDMDenoiser(DSNO(config), 0.5).eval()
+    with torch.no_grad():  # the last convolution starts at zero
+        nn.init.normal_(model.network.all_modules[-1].weight)
+    x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 10.0])
+    together = model(x, sigma, y)
+    for i in range(3):
+        alone = model(x[i : i + 1], sigma[i].item(), None if y is None else y[i : i + 1])
+        assert_close(together[i : i + 1], alone, MODEL)
+    assert (together - model(x, 1.0, y)).abs().amax((1, 2, 3))[[0, 2]].min() > 1e-3
+
+
+def test_per_sample_times_of_the_network_with_temporal_layers() -> None:
+    for kernels in (True, False):
+        model = DSNO(TINY, kernels=kernels).eval()
+        with torch.no_grad():
+            nn.init.normal_(model.all_modules[-1].weight)
+        x, y = torch.randn(2, 1, 8, 8), torch.tensor([1, 0])
+        logsnr = torch.tensor([[-3.0, 0.0, 4.0], [-1.0, 2.0, 6.0]])
+        together = model(x, logsnr, y)
+        for i in range(2):
+            assert_close(together[i : i + 1], model(x[i : i + 1], logsnr[i], y[i : i + 1]), MODEL)
+        assert_close(model(x, logsnr[:1].expand(2, 3), y), model(x, logsnr[0], y), MODEL)
+        with pytest.raises(ValueError, match=r"\(T,\) or \(2, T\) with T >= 1, got \(3, 2\)"):
+            model(x, logsnr.T, y)
+
+
+def test_the_network_learns_through_the_denoiser() -> None:
+    model = EDMDenoiser(DSNO(dataclasses.replace(TINY, time_conv=False, num_classes=0)))
+    x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 10.0])
+    model(x, sigma).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_dtype_of_x_comes_back(dtype: torch.dtype) -> None:
+    network = Recorded(torch.float32)
+    out = EDMDenoiser(network)(torch.randn(2, 1, 2, 2).to(dtype), torch.tensor(0.5))
+    assert out.dtype == dtype
+    assert network.inputs[0].dtype == torch.float32
+
+
+def test_no_noise_changes_nothing() -> None:
+    x = torch.randn(2, 1, 8, 8)
+    config = dataclasses.replace(TINY, time_conv=False, num_classes=0)
+    assert torch.equal(EDMDenoiser(DSNO(config))(x, 0.0), x)
+
+
+def test_bad_arguments_are_named() -> None:
+    x = torch.randn(2, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"number or have shape \(2,\), got \(3,\)"):
+        EDMDenoiser(Recorded())(x, torch.ones(3))
+    with pytest.raises(ValueError, match=r"sigma_data must be positive, got 0"):
+        EDMDenoiser(Recorded(), 0)
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got function"):
+        EDMDenoiser(lambda x: x)  # type: ignore[arg-type]

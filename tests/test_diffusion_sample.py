@@ -404,13 +404,3 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match="pip install tqdm"):
         diffusion.sample(good, X, PLAN, progress=True)
-
-
-def test_frames_without_a_graph_are_time_outermost_in_memory() -> None:
-    x = torch.randn(2, 3, 4, dtype=torch.bfloat16)
-    with torch.no_grad():
-        frames = diffusion.sample(good, x, PLAN, frames=[0, 2, 5, 2])
-        final = diffusion.sample(good, x, PLAN)
-    assert frames.dtype == torch.bfloat16 and frames.transpose(0, 1).is_contiguous()
-    assert torch.equal(frames[:, 0], x) and torch.equal(frames[:, 2], final)
-    assert torch.equal(frames[:, 1], frames[:, 3]) and not torch.equal(frames[:, 1], final)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsno_kernels import _dense
 from dsno_kernels.diffusion.plan import SolverPlan
+from dsno_kernels.functional import step_checks
 
 # Times of frames may come from float32.
 _SAME_TIME = 1e-6
@@ -15,6 +17,10 @@ _SAME_TIME = 1e-6
 
 class Frames:
     """States of a trajectory, ``(B, T, ...)``.
+
+    Where no graph is recorded they share one buffer, in which a step writes its state itself and
+    the next step reads it (`slot`). Time is outermost there: each state is dense, as the steps and
+    most models want it.
 
     Args:
         x_T: the state before the first row.
@@ -28,20 +34,32 @@ class Frames:
         self._dtype = x_T.dtype
         self._found: dict[int, Tensor] = {}
         self._memory: Tensor | None = None
-        if not torch.is_grad_enabled():
-            self._memory = x_T.new_empty((len(self.rows), *x_T.shape))
+        if step_checks.may_write():
+            layout = _dense.output_like(x_T, x_T.dtype, per_sample=True)
+            size = (len(self.rows), *x_T.shape)
+            strides = (max(x_T.numel(), 1), *layout.stride())
+            self._memory = x_T.new_empty_strided(size, strides)
         self.add(-1, x_T)
+
+    def slot(self, row: int) -> Tensor | None:
+        """Where the state after a row may be written for `add`; None: in a tensor of its own."""
+        if self._memory is None or row not in self.rows:
+            return None
+        self._found[row] = self._memory[self.rows.index(row)]
+        return self._found[row]
 
     def add(self, row: int, base: Tensor) -> None:
         """Take the state after a row, where a frame wants it."""
-        if row not in self.rows:
+        places = [place for place, wanted in enumerate(self.rows) if wanted == row]
+        if not places:
             return
         if self._memory is None:
             self._found[row] = base.to(self._dtype)
             return
-        for place, wanted in enumerate(self.rows):
-            if wanted == row:
-                self._found[row] = self._memory[place].copy_(base)
+        if base is self._found.get(row):  # its slot, where the step has written it
+            places = places[1:]
+        for place in places:
+            self._found[row] = self._memory[place].copy_(base)
 
     def result(self) -> Tensor:
         """The frames that were reached, in the order asked for."""

@@ -118,8 +118,12 @@ class Rows:
             entries += [torch.zeros_like(base)] * (self.kept - len(entries))
         return (base, base, first, *entries)
 
-    def step(self, i: int, *state: Tensor) -> tuple[State, Tensor | None]:
-        """Row i: the new state, and the newest entry where it is kept."""
+    def step(
+        self, i: int, *state: Tensor, out: Tensor | None = None
+    ) -> tuple[State, Tensor | None]:
+        """Row i: the new state, its base written into `out`, and the newest entry where it is
+        kept.
+        """
         base, point, x, *entries = state
         setting = self.setting
         output, unconditional = setting.calls(x, setting.times[i], i)
@@ -140,6 +144,7 @@ class Rows:
             keep_entry=self.kept > 0 or setting.keep_entry,
             entry_dtype=setting.dtype,
             input_dtype=setting.model_dtype if setting.scaled and not last else None,
+            out=out,
             **(setting.noise_of(i) if self.sizes[i][self.s] != 0 else {}),
             **setting.options,
         )
@@ -148,10 +153,14 @@ class Rows:
             entries = [new.entry, *entries][: self.kept]
         return (new.base, new.point, x, *entries), new.entry
 
-    def states(self, state: State) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """After each row its number, base, and the newest entry where it is kept."""
+    def states(
+        self, state: State, slot: Callable[[int], Tensor | None] = lambda row: None
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """After each row its number, base, and the newest entry where it is kept; base lies in the
+        row's `slot` where it has one.
+        """
         for i in range(len(self.sizes)):
-            state, entry = self.step(i, *state)
+            state, entry = self.step(i, *state, out=slot(i))
             yield i, state[0], entry
 
     def states_recomputed(

@@ -93,8 +93,11 @@ def sample(
 
     Returns:
         The state at ``grid[-1]``, in the shape, dtype and on the device of x_T. With frames
-        ``(B, T, *x_T.shape[1:])``, in their order, and with time outermost in memory where no
-        graph is recorded. After a callback has stopped, the frames that were reached.
+        ``(B, T, *x_T.shape[1:])``, in their order. Where no graph is recorded they are one buffer
+        with time outermost in memory, into which the steps write and from which the next ones
+        read: a frame costs nothing (one copy where x_T is no float32 or float64, or with compile or
+        cuda_graph, whose state stays where it is). After a callback has stopped, the frames that
+        were reached.
 
     Raises:
         TypeError, ValueError: arguments that do not fit; what the denoiser returns has another
@@ -137,8 +140,12 @@ def sample(
     else:
         rows = Rows(setting, check_finite)
         first = rows.begin(x_T, history)
-        wanted = () if kept is None else kept.rows
-        states = rows.states_recomputed(first, wanted) if recompute else rows.states(first)
+        if recompute:
+            states = rows.states_recomputed(first, () if kept is None else kept.rows)
+        elif kept is not None and x_T.dtype == setting.dtype:
+            states = rows.states(first, kept.slot)
+        else:
+            states = rows.states(first)
     base = last_state(plan, states, kept, callback, progress)
     if check_finite:
         all_finite(plan, rows.finite())

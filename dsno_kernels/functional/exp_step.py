@@ -21,6 +21,7 @@ def exp_step(
     head: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     inplace: bool = False,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""One exponential-integrator step, in one pass over memory.
@@ -49,10 +50,13 @@ def exp_step(
             ``(head - j) mod k``.
         out_dtype: dtype of the result; default that of x.
         inplace: write the result into x and return x; records no graph.
+        out: likewise a tensor of your own, such as a slot of a larger one: the shape and device of
+            x, the dtype of the result. Written straight where it is dense (with a row for each
+            sample, the batch axis outermost), else through a copy.
         backend: the name of one; None takes the fastest that can run here.
 
     Returns:
-        x', the shape of x, dense in the memory order of x.
+        x', the shape of x, dense in the memory order of x; or `out`.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, devices, counts, coefficients or an index that do not
@@ -77,21 +81,22 @@ def exp_step(
     tensors, head, ring = _tensors(x, history, noise, head)
     table, values, index = step_checks.rows(coefficients, index, len(tensors), x)
     name = checks.backend(backend)
-    if out_dtype is None:
-        out_dtype = x.dtype
-    elif out_dtype not in checks.REAL_DTYPES:
+    if out_dtype is not None and out_dtype not in checks.REAL_DTYPES:
         raise TypeError(
             f"out_dtype must be one of {checks.names(checks.REAL_DTYPES)}, got {out_dtype}"
         )
-    if not inplace:
+    if out is not None:
+        out = step_checks.out_target(out, x, out_dtype, inplace, [*tensors, table])
+    elif inplace:
+        if out_dtype not in (None, x.dtype):
+            raise ValueError(f"inplace=True writes into x ({x.dtype}); out_dtype is {out_dtype}")
+        out = step_checks.target("x", x, [*tensors, table])
+    if out is None:
         return _step.differentiable_exp_step(
-            tensors, table, values, index, out_dtype, name, head, ring
+            tensors, table, values, index, out_dtype or x.dtype, name, head, ring
         )
-    if out_dtype != x.dtype:
-        raise ValueError(f"inplace=True writes into x ({x.dtype}); out_dtype is {out_dtype}")
-    step_checks.in_place_target("x", x, [*tensors, table])
-    _step.exp_step_(x, tensors, table, values, index, head, ring, name)
-    return x
+    _step.exp_step_(out, tensors, table, values, index, head, ring, name)
+    return out
 
 
 def _tensors(

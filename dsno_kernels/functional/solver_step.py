@@ -49,6 +49,7 @@ def solver_step(
     input_dtype: torch.dtype | None = None,
     store: bool = False,
     inplace: bool = False,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> SolverStep:
     r"""One row of a solver's table, from the model's output to its next input, in one pass.
@@ -91,19 +92,22 @@ def solver_step(
         input_dtype: asks for the model's next input, in this dtype.
         store: write h_0 into slot ``(head + 1) mod k`` of the ring buffer ``history``.
         inplace: write base' into base (point where there is none).
+        out: write base' there instead, as in :func:`exp_step`: the shape, device and dtype of base.
+            Frames of a trajectory are written so.
         backend: as in :func:`exp_step`.
 
     Returns:
-        :class:`SolverStep`. base' has the dtype of base, point' that of point. ``entry`` is None
-        with ``store`` or ``keep_entry=False``, ``model_input`` without an ``input_dtype``.
+        :class:`SolverStep`. base' has the dtype of base, and is `out` where that is given; point'
+        has the dtype of point. ``entry`` is None with ``store`` or ``keep_entry=False``,
+        ``model_input`` without an ``input_dtype``.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as in :func:`exp_step`. A row on the host that
         needs more history, or noise, than is given raises; a row on another device is not looked
         at, and a missing term counts as 0.
 
-    Differentiable in all tensors, the table and a guidance tensor included, to any order; store and
-    inplace record no graph.
+    Differentiable in all tensors, the table and a guidance tensor included, to any order; store,
+    inplace and out record no graph.
 
     Example:
         >>> x, eps = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
@@ -161,10 +165,10 @@ def solver_step(
         high=high,
         looks_ahead=bool(looks_ahead),
     )
-    target = point if base is None else base
+    state = point if base is None else base
     memory = _step.Memory()
-    if store or inplace:
-        memory = _memory(step, history, head, target, store, inplace)
+    if store or inplace or out is not None:
+        memory = _memory(step, history, head, state, store, inplace, out)
     if entry_dtype is None:
         entry_dtype = (
             entries[0].dtype if entries else torch.promote_types(output.dtype, point.dtype)
@@ -174,15 +178,16 @@ def solver_step(
             raise TypeError(
                 f"dtypes of results must be of {checks.names(checks.REAL_DTYPES)}, got {dtype}"
             )
-    separate = looks_ahead or point.dtype != target.dtype
+    separate = looks_ahead or point.dtype != state.dtype
     dtypes = [
-        None if inplace else target.dtype,
+        state.dtype if memory.base is None else None,
         point.dtype if separate else None,
         entry_dtype if keep_entry and not store else None,
         input_dtype,
     ]
     results = _step.solver_step(step, threshold, memory, dtypes, name)
-    new_base = target if results[0] is None else results[0]
+    new_base = memory.base if memory.base is not None else results[0]
+    assert new_base is not None
     new_point = new_base if results[1] is None else results[1]
     return SolverStep(new_base, new_point, results[2], results[3])
 
@@ -239,17 +244,20 @@ def _memory(
     step: _step.Step,
     history: Sequence[Tensor] | Tensor,
     head: int | Tensor | None,
-    target: Tensor,
+    state: Tensor,
     store: bool,
     inplace: bool,
+    out: Tensor | None,
 ) -> _step.Memory:
     inputs = [*step.tensors, step.table, step.guidance]
-    if inplace:
-        step_checks.in_place_target("base", target, inputs)
+    if out is not None:
+        out = step_checks.out_target(out, state, state.dtype, inplace, inputs)
+    elif inplace:
+        out = step_checks.target("base", state, inputs)
     if not store:
-        return _step.Memory(target if inplace else None)
+        return _step.Memory(out)
     if head is None or not isinstance(history, Tensor):
         raise ValueError("store=True writes into a ring buffer: history in one tensor, with head")
-    step_checks.in_place_target("history", history, inputs)
+    step_checks.target("history", history, inputs)
     slot = 0 if isinstance(head, Tensor) else (head + 1) % history.shape[0]
-    return _step.Memory(target if inplace else None, history, slot)
+    return _step.Memory(out, history, slot)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsno_kernels.functional import checks
+from dsno_kernels.ops import under_transform
 from dsno_kernels.ops.exp_step import records_graph
 
 MAX_HISTORY = 8
@@ -141,12 +142,39 @@ def integer_tensor(name: str, value: Tensor, x: Tensor) -> None:
     checks.same_device({"x": x, name: value})
 
 
-def in_place_target(name: str, x: Tensor, inputs: Sequence[Tensor | None]) -> None:
-    """Refuse to write where a graph or a shared element would be damaged."""
-    if records_graph(inputs):
+def may_write() -> bool:
+    """Whether results can go into given memory here, whatever the tensors are."""
+    return not torch.is_grad_enabled() and not under_transform()
+
+
+def target(name: str, x: Tensor, inputs: Sequence[Tensor | None]) -> Tensor:
+    """x, unless writing into it would damage a graph or a shared element."""
+    if records_graph([x, *inputs]):
         raise ValueError(
-            f"inplace=True records no graph, but an input requires a gradient: detach it, call"
-            f" under torch.no_grad(), or leave {name} as it is (inplace=False)"
+            f"writing into {name} records no graph, but a tensor of the call requires a gradient:"
+            " detach it, call under torch.no_grad(), or ask for new tensors"
+        )
+    if under_transform():
+        raise NotImplementedError(
+            f"nothing writes into {name} under torch.func transforms or forward-mode AD: ask for"
+            " new tensors"
         )
     if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(f"inplace=True cannot write into {name}: its elements share memory")
+        raise ValueError(f"cannot write into {name}: its elements share memory")
+    return x
+
+
+def out_target(
+    out: Tensor,
+    like: Tensor,
+    dtype: torch.dtype | None,
+    inplace: bool,
+    inputs: Sequence[Tensor | None],
+) -> Tensor:
+    """`out`, checked: memory for a result in the shape of another tensor; None: of any dtype."""
+    if inplace:
+        raise ValueError("inplace=True and out exclude each other: give one")
+    all_like(("out",), (out,), like)
+    if dtype not in (None, out.dtype):
+        raise TypeError(f"out must have the dtype of the result, {dtype}, got {out.dtype}")
+    return target("out", out, inputs)

@@ -155,7 +155,7 @@ def _call(
 
 
 def exp_step_(
-    x: Tensor,
+    out: Tensor,
     tensors: list[Tensor],
     coefficients: Tensor | None,
     values: list[float],
@@ -164,10 +164,10 @@ def exp_step_(
     ring: int,
     backend: str,
 ) -> None:
-    """The op that writes into x, directly where that is the same."""
-    direct = runs_directly([*tensors, coefficients, index, head])
-    call = _run_in_place if direct and not under_transform() else in_place_op
-    call(x, tensors, coefficients, values, index, head, ring, backend)
+    """The op that writes into `out`, directly where that is the same."""
+    direct = runs_directly([out, *tensors, coefficients, index, head])
+    call = _run_in_place if direct else in_place_op
+    call(out, tensors, coefficients, values, index, head, ring, backend)
 
 
 def _run_backward(

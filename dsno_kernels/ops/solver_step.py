@@ -186,7 +186,7 @@ def _fused(
     """The op, directly where that is the same."""
     found: Sequence[Tensor | None]
     small = (step.table, step.index, step.guidance, step.head, step.scale, step.seed)
-    if runs_directly([*step.tensors, *small, memory.ring]):
+    if runs_directly([*step.tensors, *small, memory.base, memory.ring]):
         found = _run_step(step, memory, dtypes, backend)
     else:
         codes = [-1 if dtype is None else _dense.DTYPES.index(dtype) for dtype in dtypes]

@@ -161,7 +161,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_earlier_file(path: Path) -> None:
-    """In a process of its own, whose files may not grow: the same place in write() as a full disk."""
+    """In a process of its own, whose files may not grow: write() fails as on a full disk."""
     before = path.read_bytes()
     code = f"""
 import dsno_kernels as dk, resource

@@ -88,10 +88,9 @@ def load(
         wanted = repr(kind) if kind else "'dsno' or 'edm_denoiser'"
         raise ModelFileError(f"{path} holds a model of kind {found!r}, wanted {wanted}")
     try:
-        fields = json.loads(metadata["config"])
-        config = DSNOConfig(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        )
+        fields: dict[str, Any] = json.loads(metadata["config"])
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        config = DSNOConfig(**fields)
         sigma_data = float(metadata["sigma_data"]) if found == "edm_denoiser" else 0.0
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelFileError(
@@ -154,7 +153,8 @@ def read_tensors(
         ModelFileError: no such file, one that cannot be read, or one that is no safetensors file.
     """
     with _opened(path, device) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:

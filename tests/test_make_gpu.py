@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,22 @@ def test_a_stage_is_stopped_at_its_deadline_with_all_it_started(tmp_path: Path) 
     assert outcome.state.startswith("stopped at its deadline")
     assert outcome.seconds < 30
     pid = int(log.read_text().split("child")[-1])
-    state = Path(f"/proc/{pid}/stat")
-    assert not state.exists() or state.read_text().split()[2] in "ZX"
+    assert ended(pid, within=60.0)
+
+
+def ended(pid: int, within: float) -> bool:
+    """Whether a process is gone, or a zombie, in so many seconds: a kill takes effect when the
+    process is next scheduled.
+    """
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 BROKEN = """

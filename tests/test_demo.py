@@ -18,37 +18,39 @@ PIL_Image = pytest.importorskip("PIL.Image")
 from dsno_kernels import commands, demo  # noqa: E402
 from dsno_kernels.demo import compare, data, figure, student, teacher  # noqa: E402
 from dsno_kernels.demo import steps as demo_steps  # noqa: E402
+from dsno_kernels.diffusion import (  # noqa: E402
+    ExactDenoiser,
+    SolverPlan,
+    for_process,
+    sample,
+    time_grid,
+)
 from dsno_kernels.models import logsnr_schedule  # noqa: E402
 from tests.helpers import FLOAT64, assert_close  # noqa: E402
 
-# Scores are differences of numbers of about 1e2 in float32 (6e-8), over variances from 1e-2.
-DENOISER = 1e-3
+
+def test_the_schedule_is_that_of_dsno() -> None:
+    assert_close(
+        2 * teacher.PROCESS.log_snr(teacher.plan(10).grid),
+        logsnr_schedule(torch.linspace(1, 0, 11, dtype=torch.float64)),
+        1e-9,  # the tangent of an angle next to pi / 2
+    )
 
 
-@pytest.mark.parametrize("time", [0.9, 0.5, 0.1], ids=["noise", "middle", "data"])
-def test_exact_denoiser_is_the_posterior_mean(time: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(7, 5, generator=generator)
-    x = torch.randn(3, 5, generator=generator)
-    logsnr = logsnr_schedule(torch.tensor(time))
-    alpha, sigma = torch.sigmoid(logsnr.double()).sqrt(), torch.sigmoid(-logsnr.double()).sqrt()
-    expected = torch.zeros(3, 5, dtype=torch.float64)
-    for b in range(3):
-        noise = [(x[b].double() - alpha * image.double()) / sigma for image in images]
-        density = torch.stack([torch.exp(-0.5 * e.square().sum()) for e in noise])
-        density = density if density.sum() > 0 else torch.ones(7).double()
-        expected[b] = (density[:, None] * images.double()).sum(0) / density.sum()
-    assert_close(teacher.exact_denoiser(x, logsnr, images), expected, DENOISER)
-
-
-def test_denoiser_of_clean_data_is_the_image_itself() -> None:
-    images = torch.randn(11, 6, generator=torch.Generator().manual_seed(1))
-    clean = teacher.exact_denoiser(images, torch.tensor(20.0), images)
-    assert_close(clean, images, DENOISER)
+def test_teacher_reaches_the_images_that_many_steps_reach() -> None:
+    """The default number of steps, against 10 times as many of order 1."""
+    images = data.digits()[:200]
+    noise = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    frames, _ = teacher.trajectories(noise, images, steps=demo_steps.TEACHER_STEPS, frames=4)
+    model = for_process(ExactDenoiser(images), teacher.PROCESS)
+    fine = SolverPlan.build(
+        teacher.PROCESS, time_grid(teacher.PROCESS, 480), "tab1", prediction="x0"
+    )
+    assert_close(frames, sample(model, noise, fine, frames=[120, 240, 360, 480]), 0.01)
 
 
 def test_trajectory_of_one_image_is_the_straight_mixture() -> None:
-    """With one image D(x) is that image, and DDIM keeps x_t = alpha x_0 + sigma noise exactly."""
+    """With one image D(x) is that image, and DEIS keeps x_t = alpha x_0 + sigma noise exactly."""
     generator = torch.Generator().manual_seed(2)
     image = torch.randn(1, 3, 2, 2, generator=generator).double()
     noise = torch.randn(5, 3, 2, 2, generator=generator).double()

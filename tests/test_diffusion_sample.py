@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dsno_kernels import diffusion
 from dsno_kernels.demo.data import digits
-from dsno_kernels.demo.teacher import exact_denoiser
 from dsno_kernels.diffusion import EDM, FlowMatching, Process, SolverPlan, VPLinear, time_grid
 from tests.diffusion_problems import Gaussian, grid_for, names
 from tests.helpers import assert_close, rel_rms
@@ -67,20 +66,19 @@ def real_digits() -> Tensor:
     return digits()[:300].double()
 
 
-def digit_denoiser(x: Tensor, t: Tensor) -> Tensor:
-    """The exact x0 prediction of 300 digits, in the dtype of x."""
-    images = real_digits().to(x.dtype)
-    mean = exact_denoiser(x.flatten(1), 2 * VP.log_snr(t).to(x.dtype), images.flatten(1))
-    return mean.reshape(x.shape)
+@functools.cache
+def digit_denoiser() -> Callable[..., Tensor]:
+    """The exact x0 prediction of 300 digits."""
+    return diffusion.for_process(diffusion.ExactDenoiser(real_digits()), VP)
 
 
 @pytest.mark.parametrize("name", ["tab3", "unipc3", "dpmpp_3m", "rhork_3kutta", "dpmpp_2s"])
 def test_digits_in_float64_and_float32(name: str) -> None:
     plan = SolverPlan.build(VP, time_grid(VP, 8, "log_snr"), name, prediction="x0")
     x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
-    expected = plan.replay(digit_denoiser, x)
-    assert_close(diffusion.sample(digit_denoiser, x, plan), expected, FLOAT64)
-    assert_close(diffusion.sample(digit_denoiser, x.float(), plan), expected, FLOAT32)
+    expected = plan.replay(digit_denoiser(), x)
+    assert_close(diffusion.sample(digit_denoiser(), x, plan), expected, FLOAT64)
+    assert_close(diffusion.sample(digit_denoiser(), x.float(), plan), expected, FLOAT32)
     nearest = torch.cdist(expected.flatten(1), real_digits().flatten(1)).amin(1)
     assert (nearest < 0.5).all()  # images lie about 5 apart
 

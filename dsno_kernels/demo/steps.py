@@ -7,7 +7,6 @@ import copy
 import json
 import os
 import platform
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -20,10 +19,11 @@ from tqdm import tqdm
 import dsno_kernels as dk
 from dsno_kernels.demo import compare, data, figure, student, teacher
 from dsno_kernels.demo.figure import Row, Section
-from dsno_kernels.training.errors import CommandError
+from dsno_kernels.training.distributed import choose_device
+from dsno_kernels.training.errors import CommandError, prepare_folder
 
 FRAMES = 4  # T of the published models
-TEACHER_STEPS = 64
+TEACHER_STEPS = 48
 # Teacher trajectories to learn from: each noise is drawn a few times in the default number of
 # steps.
 MAX_NOISES = 8192
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
         for count in (min(MAX_NOISES, 4 * student.BATCH * options.steps), HELD_OUT)
     )
     trajectories = partial(teacher.trajectories, images=images, steps=TEACHER_STEPS, frames=FRAMES)
-    say(f"Teacher: the images' exact denoiser, {TEACHER_STEPS} DDIM steps, {len(noise):,} noises")
+    say(f"Teacher: the images' exact denoiser, {TEACHER_STEPS} DEIS steps, {len(noise):,} noises")
     frames, logsnr = trajectories(noise)
     wanted, _ = trajectories(held_out)
 
@@ -80,27 +80,6 @@ def run(options: argparse.Namespace) -> None:
 def say(line: str) -> None:
     """A line of progress, at once also where the output is a file."""
     print(line, flush=True)
-
-
-def choose_device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise CommandError("--device cuda, but PyTorch sees no CUDA device here; use --device cpu")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
-
-
-def prepare_folder(path: Path) -> None:
-    """Make the output folder, and find out now rather than after the training whether it can be
-    written.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise CommandError(
-            f"--out {path} cannot be written ({error.strerror}); give a folder that can"
-        ) from None
 
 
 def load(options: argparse.Namespace, device: torch.device) -> Tensor:

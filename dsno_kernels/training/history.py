@@ -1,0 +1,60 @@
+"""The loss curve of a run: a CSV file with a row for each update, and its picture."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+FIELDS = ("update", "loss", "gradient_norm", "learning_rate")
+Row = tuple[int, float, float, float]
+
+
+class History:
+    """Appends to ``loss.csv`` of a folder, after dropping what follows the update it starts from.
+
+    Numbers are written so that reading them gives the same bits.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        import matplotlib.figure  # noqa: F401  # a missing package is told before the training
+
+        self.path = folder / "loss.csv"
+        kept = [row for row in _rows(self.path) if int(row[0]) <= step]
+        part = self.path.with_suffix(".csv.part")
+        with open(part, "w", newline="") as file:
+            csv.writer(file).writerows([FIELDS, *kept])
+        part.replace(self.path)
+
+    def add(self, rows: list[Row]) -> None:
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file).writerows([[repr(value) for value in row] for row in rows])
+
+    def draw(self) -> None:
+        """``loss.png`` next to it: each update, and their running mean."""
+        import numpy as np
+        from matplotlib.figure import Figure
+
+        values = np.array([[float(row[0]), float(row[1])] for row in _rows(self.path)])
+        steps, losses = values.T
+        window = max(1, len(losses) // 50)
+        smooth = np.convolve(losses, np.full(window, 1.0 / window), mode="valid")
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.5)
+        axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} updates")
+        if losses.min() > 0:
+            axes.set_yscale("log")
+        axes.set(xlabel="update", ylabel="loss")
+        axes.legend()
+        part = self.path.with_suffix(".part.png")
+        figure.savefig(part, dpi=150)
+        part.replace(self.path.with_suffix(".png"))
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """The complete rows of a file; none where there is no file."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a killed process may leave half a row
+    return [row for row in csv.reader(lines) if len(row) == len(FIELDS) and row[0].isdigit()]

@@ -213,3 +213,24 @@ def test_meta_tensors(name: str) -> None:
     x = torch.empty(3, 5, device="meta", dtype=torch.bfloat16)
     y = diffusion.sample(lambda x, t: torch.tanh(x), x, plan, frames=[0, 5])
     assert y.shape == (3, 2, 5) and y.is_meta and y.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_of_a_learned_grid_are_read_without_a_warning(name: str) -> None:
+    """PyTorch warns where a tensor that requires a gradient becomes a number."""
+    x, grid = torch.randn(3, 5, dtype=torch.float64), torch.linspace(0.95, 0.05, 8)
+    options = dict(CASES[name])
+    process = options.pop("process", VP)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        plan = SolverPlan.build(process, grid.double().requires_grad_(), name, **options)
+        assert plan.table.requires_grad and name in f"{plan!r}{plan}"
+        if not plan.stochastic():
+            plan.reversed()
+        network = Network()
+        plan.replay(network, x, noise=noise_of)
+        diffusion.sample(network, x, plan, frames=[0, 7], noise=noise_of)
+    finally:
+        torch.set_warn_always(always)

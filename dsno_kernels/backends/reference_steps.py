@@ -31,7 +31,16 @@ def compute_dtype(tensors: Sequence[Tensor | None]) -> torch.dtype:
 
 def select_rows(table: Tensor, index: Tensor | None) -> Tensor:
     """The rows that an index chooses, clamped into the table."""
-    return table if index is None else table[index.clamp(0, table.shape[0] - 1)]
+    if index is None:
+        return table
+    index = index.clamp(0, table.shape[0] - 1)
+    # Brackets would read a tensor without axes on the host.
+    return table[index] if index.ndim else table.index_select(0, index.reshape(1))[0]
+
+
+def select_columns(rows: Tensor, columns: Sequence[int]) -> Tensor:
+    """These columns; brackets would copy their numbers to the device."""
+    return torch.stack([rows[..., j] for j in columns], -1)
 
 
 def newest_first(tensors: Sequence[Tensor], head: Tensor | None) -> list[Tensor]:
@@ -189,8 +198,9 @@ def solver_step(
     entries = newest_first(history, head)[: K - 1]
 
     def weighted(tensors: Sequence[Tensor], columns: Sequence[int]) -> Tensor:
-        part = row[..., list(columns)] if isinstance(row, Tensor) else [row[j] for j in columns]
-        return _weighted_sum(tensors, part, dtype)
+        if isinstance(row, Tensor):
+            return _weighted_sum(tensors, select_columns(row, columns), dtype)
+        return _weighted_sum(tensors, [row[j] for j in columns], dtype)
 
     m = output
     if unconditional is not None:
@@ -219,9 +229,11 @@ def solver_step(
     model_input = weighted([new_point], [5 + 2 * K])
     if new_base is not None:
         new_base.copy_(total)
-    if ring is not None:
-        after = torch.tensor(slot) if head is None else (head + 1) % ring.shape[0]
-        ring.index_copy_(0, after.reshape(1).to(ring.device), h.to(ring.dtype).unsqueeze(0))
+    if ring is not None and head is None:
+        ring[slot].copy_(h)
+    elif ring is not None and head is not None:
+        after = ((head + 1) % ring.shape[0]).reshape(1)
+        ring.index_copy_(0, after, h.to(ring.dtype).unsqueeze(0))
     results = (total, new_point, h, model_input)
     return [None if d is None else t.to(d) for t, d in zip(results, dtypes, strict=True)]
 
@@ -232,5 +244,5 @@ def abs_rank(x: Tensor, rank: int) -> Tensor:
     """
     values, order = x.detach().flatten(1).abs().sort(dim=1, stable=True)  # NaN last
     last = x[0].numel() - 1
-    places = order[:, [rank, min(rank + 1, last)]]
+    places = torch.stack([order[:, rank], order[:, min(rank + 1, last)]], 1)
     return torch.where(values[:, -1:].isnan(), order[:, -1:], places)

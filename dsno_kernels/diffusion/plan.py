@@ -200,7 +200,8 @@ class SolverPlan:
 
     def stochastic(self) -> bool:
         """Whether noise is added anywhere."""
-        return bool((self.column("s").detach() != 0).any()) or float(self.initial[1]) != 0
+        noise = self.column("s").detach()
+        return bool((noise != 0).any()) or float(self.initial[1].detach()) != 0
 
     @torch.inference_mode(False)
     def reversed(self) -> SolverPlan:
@@ -246,7 +247,7 @@ class SolverPlan:
             return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
         scale, s = self.initial.unbind()
-        base = scale * x if float(s) == 0 else scale * x + s * draw(-1)
+        base = scale * x if float(s.detach()) == 0 else scale * x + s * draw(-1)
         point, c_in, entries = base, self.initial_c_in, list(history)
         floats = self.table.tolist()
         rows = [row.unbind() for row in self.table] if self.table.requires_grad else floats

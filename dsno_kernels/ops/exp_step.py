@@ -256,7 +256,9 @@ class ExpStepFunction(torch.autograd.Function):
         columns = [j for j, needed in enumerate(ctx.needs_input_grad[5:]) if needed]
         split = per_sample(coefficients, index)
         if torch.is_grad_enabled():
-            rows = coefficients if index is None else coefficients[index]
+            rows = None
+            if coefficients is not None:
+                rows = reference_steps.select_rows(coefficients, index)
             scaled = [
                 differentiable_exp_step(
                     [g],
@@ -374,8 +376,9 @@ def differentiable_exp_step(
     if head is not None:
         if coefficients is None:
             dtype = reference_steps.compute_dtype(tensors)
-            coefficients = torch.tensor(values, dtype=dtype, device=head.device)
-        rows = coefficients if index is None else coefficients[index]
+            numbers = [torch.full((), c, dtype=dtype, device=head.device) for c in values]
+            coefficients = torch.stack(numbers)
+        rows = reference_steps.select_rows(coefficients, index)
         coefficients, index, values = in_slot_order(rows, head, ring), None, []
     return ExpStepFunction.apply(
         coefficients, values, index, out_dtype, backend, *_distinct(tensors)

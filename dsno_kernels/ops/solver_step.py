@@ -205,11 +205,11 @@ def _composed(
     table, values, K = step.table, step.values, step.order
     if not torch.compiler.is_compiling() and not under_transform():
         _check_rows(step)
-    if table is not None and step.index is not None:
-        table = table[step.index]
+    if table is not None:
+        table = reference_steps.select_rows(table, step.index)
 
     def weighted(tensors: list[Tensor], columns: list[int]) -> Tensor:
-        rows = None if table is None else table[..., columns]
+        rows = None if table is None else reference_steps.select_columns(table, columns)
         numbers = [values[j] for j in columns] if table is None else []
         return differentiable_exp_step(tensors, rows, numbers, None, dtype, backend)
 

@@ -135,7 +135,8 @@ def work_of(key: RowKey, tile: tuple[int, int, int], shape: Shape, multiprocesso
         shape.real_products,
     )
     N = shape.elements // (T * C)
-    x_item, z_item, rounding = itemsize(method), itemsize(method), ROUNDING[method]
+    x_item, rounding = itemsize(method), ROUNDING[method]
+    z_item = 2 if method in ("bf16", "tf32") else 4  # of a number in a spectrum (planar._planes)
     x_bytes = shape.elements * x_item
     z_bytes = N * C * 2 * K * z_item
     if kernel == "spectral_conv":
@@ -159,8 +160,8 @@ def work_of(key: RowKey, tile: tuple[int, int, int], shape: Shape, multiprocesso
             load=2 * I * (P * z_item + O * weight_bytes),
             flop=8.0 * P * I * O * products,
             operations=2 * P * I * rounding,
-            store=2 * P * O * 4,
-            dram=z_bytes + N * C * 2 * K * 4 + 2 * K * C * C * weight_bytes,
+            store=2 * P * O * z_item,
+            dram=2 * z_bytes + 2 * K * C * C * weight_bytes,
             kept=2 * P * O,
             loaded=2 * P * I,
         )

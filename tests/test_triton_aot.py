@@ -34,7 +34,7 @@ from tests.triton_aot import Launch, Report
 # Shared memory that one program may use, bytes (CUDA programming guide, table of compute
 # capabilities): 163, 99 and 227 KiB.
 SHARED = {80: 166_912, 86: 101_376, 90: 232_448}
-SIZES = {"*fp32": 4, "*fp16": 2, "*bf16": 2, "*u8": 1}
+SIZES = {"*fp32": 4, "*fp16": 2, "*bf16": 2, "*u8": 1, "*i32": 4}
 AXES = {"time_dim": 1, "channel_dim": 2}
 SLOPE = 0.01
 
@@ -139,7 +139,7 @@ def problem_of(one: Launch, report: Report) -> str | None:
         return f"{report.shared} bytes of shared memory, {SHARED[one.capability]} fit"
     if report.narrow_addresses:
         return f"{report.narrow_addresses} addresses in 32 bits"
-    if "METHOD" in constants and one.kernel != "pack_weight_kernel":
+    if "METHOD" in constants:
         hopper = one.capability == 90 and left_rows(one, constants) >= 64
         expected = "none" if constants["METHOD"] == "ieee" else "wgmma" if hopper else "mma"
         if report.tensor_cores != expected:
@@ -198,12 +198,20 @@ def is_aligned(one: Launch, tile: Tile) -> bool:
     )
 
 
+def planes_of(pointer: str) -> int:
+    """Planes of a bin in a spectrum of this type."""
+    return 1 if pointer == "*i32" else 2
+
+
 def tiles_of(one: Launch) -> tuple[list[Tile], list[Tile]]:
     """What a kernel loads in a step of its main loop, and what it stores; without sign bits,
     tables, and what is small.
     """
     c = dict(one.constants)
+    types = dict(one.signature)
     halves = 2 if str(c.get("METHOD")).endswith("x3") else 1
+    # A word holds both parts of a bin.
+    numbers = c.get("BLOCK_M", 0) * planes_of(types.get("spectrum_ptr", "")) // 2
     match one.kernel:
         case "spectral_conv_kernel":
             planes = halves * len(coefficients(c["T"], c["K"]))
@@ -220,24 +228,24 @@ def tiles_of(one: Launch) -> tuple[list[Tile], list[Tile]]:
             )
         case "spectral_conv_mix_kernel":
             return (
-                2 * [Tile("z_ptr", "", c["BLOCK_R"] * c["BLOCK_I"])]
+                planes_of(types["z_ptr"]) * [Tile("z_ptr", "", c["BLOCK_R"] * c["BLOCK_I"])]
                 + 2 * halves * [Tile("weight_ptr", "w", c["BLOCK_I"] * c["BLOCK_O"])],
-                2 * [Tile("y_ptr", "", c["BLOCK_R"] * c["BLOCK_O"])],
+                planes_of(types["y_ptr"]) * [Tile("y_ptr", "", c["BLOCK_R"] * c["BLOCK_O"])],
             )
         case "spectral_conv_weight_grad_planes_kernel":
             return (
-                2 * [Tile("z_ptr", "", c["BLOCK_R"] * c["BLOCK_I"])]
-                + 2 * [Tile("g_ptr", "", c["BLOCK_R"] * c["BLOCK_O"])],
+                planes_of(types["z_ptr"]) * [Tile("z_ptr", "", c["BLOCK_R"] * c["BLOCK_I"])]
+                + planes_of(types["g_ptr"]) * [Tile("g_ptr", "", c["BLOCK_R"] * c["BLOCK_O"])],
                 [],
             )
         case "truncated_rfft_kernel":
             return (
                 [Tile("x_ptr", "x", c["BLOCK_R"] * c["BLOCK_T"])],
-                [Tile("spectrum_ptr", "s", c["BLOCK_R"] * c["BLOCK_M"])],
+                [Tile("spectrum_ptr", "s", c["BLOCK_R"] * numbers)],
             )
         case "truncated_irfft_kernel":
             return (
-                [Tile("spectrum_ptr", "s", c["BLOCK_R"] * c["BLOCK_M"])],
+                [Tile("spectrum_ptr", "s", c["BLOCK_R"] * numbers)],
                 [Tile("y_ptr", "y", c["BLOCK_R"] * c["BLOCK_T"])],
             )
     return [], []

@@ -310,6 +310,37 @@ def test_nan_stays_where_it_is(T: int, precision: str) -> None:
     assert torch.isnan(grad[2, :, :, 0]).all() and torch.isfinite(grad[[0, 1, 3, 4]]).all()
 
 
+def test_spectra_between_kernels_keep_the_range_of_float32() -> None:
+    """tf32 stores a bin in 32 bits: neighbors of any size keep their own relative precision."""
+    x, weight = torch.randn(1, 16, 5, 9), torch.randn(5, 5, 8, 2)
+    x *= torch.logspace(-32, 32, 9)
+    y = backend.spectral_conv(x, weight, time_dim=1, channel_dim=2, n=16, precision="tf32")[0]
+    expected = reference.spectral_conv(x.double(), weight.double(), time_dim=1, channel_dim=2, n=16)
+    for pixel in range(9):
+        assert_close(y[..., pixel], expected[0][..., pixel], BUDGETS["tf32"])
+
+
+@pytest.mark.parametrize("n", [9, 16])
+def test_dead_weights_do_not_disturb_what_is_stored_with_them(n: int) -> None:
+    """The imaginary parts of bin 0 and of the Nyquist bin reach no output, whatever they hold."""
+    x, weight = torch.randn(1, n, 5, 3), torch.randn(5, 5, n // 2 + 1, 2)
+    weight[:, :, 0, 1] = 1e30
+    if n % 2 == 0:
+        weight[:, :, -1, 1] = 1e30
+    y = backend.spectral_conv(x, weight, time_dim=1, channel_dim=2, n=n, precision="tf32")[0]
+    expected = reference.spectral_conv(x.double(), weight.double(), time_dim=1, channel_dim=2, n=n)
+    assert_close(y, expected[0], BUDGETS["tf32"])
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 3e38])
+def test_what_overflows_stays_where_it_is(value: float) -> None:
+    x, weight = torch.randn(1, 9, 5, 3, 3), torch.randn(5, 5, 2, 2)
+    x[0, :, 2, 1, 1] = value  # its first bin is beyond float32
+    y = backend.spectral_conv(x, weight, time_dim=1, channel_dim=2, n=9, precision="tf32")[0]
+    lost = ~torch.isfinite(y)
+    assert lost[..., 1, 1].all() and lost.sum() == 9 * 5
+
+
 @pytest.mark.parametrize("name", ["dsno", "nine"])
 def test_runs_are_bit_equal(name: str) -> None:
     x, weight, y, axes = problem(name)

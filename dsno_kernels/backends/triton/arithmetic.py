@@ -103,6 +103,42 @@ def store_rounded(ptr, x, mask):
 
 
 @triton.jit
+def scaled_integer(x, factor):
+    """x * factor, at most 2047, as the integer in the last bits of a float32, 1.5 * 2^23 + it."""
+    return (tl.minimum(x * factor, 2047.0) + 12582912.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def pack_complex(re, im):
+    """A complex number as 32 bits: 12 of each part, in units of 2^(e - 127), and the 8 bits of e.
+
+    The larger part keeps 11 significant bits, as in tf32, over the whole range of float32. Where a
+    part is not finite, e is 255, and both come back as NaN.
+    """
+    re_bits = re.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    im_bits = im.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    exponent = tl.maximum(re_bits, im_bits) >> 23
+    unit = tl.maximum(exponent, 11) - 10
+    factor = ((254 - unit) << 23).to(tl.float32, bitcast=True)
+    word = (scaled_integer(re, factor) << 20) | ((scaled_integer(im, factor) & 0xFFF) << 8) | unit
+    return tl.where(exponent == 255, 255, word)
+
+
+@triton.jit
+def integer_part(word, SHIFT: tl.constexpr):
+    """The 12 bits of a word from bit SHIFT, a signed integer, as float32."""
+    bits = ((word >> SHIFT) & 0xFFF) ^ 0x4B000800
+    return bits.to(tl.float32, bitcast=True) - 8390656.0
+
+
+@triton.jit
+def unpack_complex(word):
+    """The parts of `pack_complex`, float32 with 11 significant bits: operands of tf32."""
+    unit = ((word & 0xFF) << 23).to(tl.float32, bitcast=True)
+    return integer_part(word, 20) * unit, integer_part(word, 8) * unit
+
+
+@triton.jit
 def as_operand(x):
     """A tile that was stored rounded, as an operand of `multiply_add`."""
     return x.to(tl.float32) if INTERPRETED else x

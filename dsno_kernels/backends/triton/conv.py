@@ -7,7 +7,7 @@ tensor); a call looks its plan up, allocates, and launches.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,54 +16,18 @@ from torch import Tensor
 from dsno_kernels import _layout
 from dsno_kernels._layout import Axes
 from dsno_kernels._modes import coefficients
-from dsno_kernels.backends.triton import configs, kernels_general, kernels_small, launch
-from dsno_kernels.backends.triton.configs import Architecture, Config
-from dsno_kernels.backends.triton.launch import Launch, Operand
-from dsno_kernels.backends.triton.transforms import Irfft, Rfft, plan_irfft, plan_rfft
-
-
-class Buffer(NamedTuple):
-    """A tensor to allocate."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def empty(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
-
-
-class Spectrum(NamedTuple):
-    """The first bins of a tensor as planes `[K, 2, C, rows]`, and the launch that writes them."""
-
-    buffer: Buffer
-    rfft: Rfft
-
-    def run(self, x: Tensor, x_positive: Tensor | None) -> Tensor:
-        spectrum = self.buffer.empty()
-        self.rfft.run(x, x_positive, spectrum)
-        return spectrum
-
-
-class Weight(NamedTuple):
-    """How the kernels read the weight: as it is, or from planes that a launch packs first."""
-
-    buffer: Buffer | None
-    launch: Launch | None
-    arguments: dict[str, Any]
-
-    def run(self, weight: Tensor) -> Tensor:
-        if self.buffer is None or self.launch is None:
-            return weight
-        packed = self.buffer.empty()
-        launch.run(self.launch, weight, packed)
-        return packed
+from dsno_kernels.backends.triton import configs, kernels_small, launch
+from dsno_kernels.backends.triton.configs import Architecture
+from dsno_kernels.backends.triton.launch import Buffer, Launch, Operand
+from dsno_kernels.backends.triton.planar import Planar, plan_planar
+from dsno_kernels.backends.triton.weights import Weight, choose_row, plan_weight
 
 
 class Fused(NamedTuple):
-    """All in one kernel."""
+    """All in one kernel, behind the launch that packs the weight if that pays."""
 
     weight: Weight
+    pack: Launch | None
     launch: Launch
 
     def run(
@@ -76,33 +40,11 @@ class Fused(NamedTuple):
         y: Tensor,
         positive: Tensor | None,
     ) -> None:
-        operand = self.weight.run(weight)
-        launch.run(self.launch, x, x_positive, operand, bias, residual, y, positive)
-
-
-class Planar(NamedTuple):
-    """A transform, products of channels, a transform back."""
-
-    spectrum: Spectrum
-    weight: Weight
-    mixed: Buffer
-    mix: Launch
-    irfft: Irfft
-
-    def run(
-        self,
-        x: Tensor,
-        x_positive: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        y: Tensor,
-        positive: Tensor | None,
-    ) -> None:
-        spectrum, operand = self.spectrum.run(x, x_positive), self.weight.run(weight)
-        mixed = self.mixed.empty()
-        launch.run(self.mix, spectrum, operand, mixed)
-        self.irfft.run(mixed, bias, residual, y, positive)
+        packed = self.weight.buffer()
+        if packed is not None and self.pack is not None:
+            launch.run(self.pack, weight, packed)
+            weight = packed
+        launch.run(self.launch, x, x_positive, weight, bias, residual, y, positive)
 
 
 class Plan(NamedTuple):
@@ -211,7 +153,7 @@ def _plan(
     common = device, table, axes, weight, adjoint, n, scale_length, method, epilogue
     kernels: Fused | Planar
     if kind is None:
-        kernels = _plan_planar(*common)
+        kernels = plan_planar(*common)
     else:
         kernels = _plan_fused(kind, *common, signs=save_positive)
     return Plan(y_shape, y_strides, positive, copy_x, copy_residual, kernels)
@@ -226,82 +168,6 @@ def fused_class(
         return None
     kind = configs.shape_class(length, count)
     return kind if (kernel, method, kind) in table.rows else None
-
-
-def choose_row(
-    table: Architecture,
-    kernel: str,
-    method: str,
-    kind: str,
-    rows: int,
-    O: int,
-    *,
-    planes: int = 1,
-    signs: bool = False,
-) -> tuple[Config, bool]:
-    """The row of the table that serves a problem, and whether to pack the weight for it.
-
-    Large tiles, where the table has them, cannot write `signs`. Where large or wide tiles take more
-    than one wave, programs read the weight again and again: it is worth a launch to round and pack
-    it once. Tiles that all run at once read it as it is, but for those of class "8", whose
-    registers are full. This is a model: it is not measured.
-    """
-    for size in (kind,) if signs else (f"{kind} large", kind):
-        if (kernel, method, size) in table.rows:
-            config = table.rows[kernel, method, size]
-            programs = launch.cdiv(rows, config.tile[0]) * launch.cdiv(O, config.tile[2]) * planes
-            if programs > table.multiprocessors:
-                return config, True
-    return table.rows[kernel, method, f"{kind} narrow".strip()], kind == "8"
-
-
-def plan_weight(
-    device: torch.device,
-    weight: Operand,
-    adjoint: bool,
-    method: str,
-    block_i: int,
-    block_o: int,
-    packed: bool,
-) -> Weight:
-    """The weight as it is, or packed: input channels contiguous and padded to whole tiles."""
-    (first, second, K, _), strides, _ = weight
-    I, O = (second, first) if adjoint else (first, second)
-    if not packed:
-        order = (1, 0, 2, 3) if adjoint else (0, 1, 2, 3)
-        in_place = _weight_arguments([strides[axis] for axis in order], False, adjoint)
-        return Weight(None, None, in_place)
-    padded_in, padded_out = launch.cdiv(I, block_i) * block_i, launch.cdiv(O, block_o) * block_o
-    halves = 2 if method.endswith("x3") else 1
-    shape = (halves, K, 2, padded_out, padded_in)
-    size = 16 if min(padded_in, padded_out) <= 16 else 32
-    pack = Launch(
-        kernels_small.pack_weight_kernel,
-        launch.cdiv(padded_in, size) * launch.cdiv(padded_out, size) * 2 * K,
-        configs.PACK_WEIGHT,
-        device,
-        I=first,
-        O=second,
-        padded_in=padded_in,
-        padded_out=padded_out,
-        stride_wi=strides[0],
-        stride_wo=strides[1],
-        stride_wk=strides[2],
-        stride_wc=strides[3],
-        K=K,
-        ADJOINT=adjoint,
-        METHOD=method,
-        BLOCK=size,
-    )
-    plane = padded_in * padded_out
-    arguments = _weight_arguments((1, padded_in, 2 * plane, plane), True, adjoint)
-    return Weight(Buffer(shape, launch.operand_dtype(method), device), pack, arguments)
-
-
-def _weight_arguments(strides: Sequence[int], packed: bool, adjoint: bool) -> dict[str, Any]:
-    """How kernels find W[i, o, k, part]; packed planes are conjugated and transposed already."""
-    named = dict(zip(("stride_wi", "stride_wo", "stride_wk", "stride_wc"), strides, strict=True))
-    return {**named, "PACKED": packed, "ADJOINT": adjoint and not packed}
 
 
 def _plan_fused(
@@ -324,6 +190,16 @@ def _plan_fused(
     config, packed = choose_row(table, "spectral_conv", method, kind, rows, O, signs=signs)
     block_p, block_i, block_o = launch.blocks((rows, I, O), config)
     read = plan_weight(device, weight, adjoint, method, block_i, block_o, packed)
+    packing, pack = read.packing, None
+    if packing is not None:
+        pack = Launch(
+            kernels_small.pack_weight_kernel,
+            packing.programs,
+            configs.PACK_WEIGHT,
+            device,
+            **packing.arguments,
+            K=K,
+        )
     kernel = Launch(
         kernels_small.spectral_conv_kernel,
         launch.cdiv(rows, block_p) * launch.cdiv(O, block_o),
@@ -346,64 +222,4 @@ def _plan_fused(
         BLOCK_I=block_i,
         BLOCK_O=block_o,
     )
-    return Fused(read, kernel)
-
-
-def _plan_planar(
-    device: torch.device,
-    table: Architecture,
-    axes: Axes,
-    weight: Operand,
-    adjoint: bool,
-    n: int,
-    scale_length: int,
-    method: str,
-    epilogue: Mapping[str, Any],
-) -> Planar:
-    I, O, K = axes.C, weight[0][0 if adjoint else 1], weight[0][2]
-    rows = axes.B * launch.padded_pixels(axes.P)
-    config, packed = choose_row(table, "spectral_conv_mix", method, "", rows, O, planes=K)
-    block_r, block_i, block_o = launch.blocks((rows, I, O), config)
-    read = plan_weight(device, weight, adjoint, method, block_i, block_o, packed)
-    mix = Launch(
-        kernels_general.spectral_conv_mix_kernel,
-        launch.cdiv(rows, block_r) * launch.cdiv(O, block_o) * K,
-        config,
-        device,
-        I=I,
-        O=O,
-        rows=rows,
-        **read.arguments,
-        K=K,
-        METHOD=method,
-        BLOCK_R=block_r,
-        BLOCK_I=block_i,
-        BLOCK_O=block_o,
-    )
-    mixed = Buffer((K, 2, O, rows), spectrum_dtype(method), device)
-    mixed_axes = planar_axes(axes.B, K, O, axes.P)
-    irfft = plan_irfft(device, table, mixed_axes, O * rows, n, scale_length, epilogue)
-    spectrum = plan_spectrum(device, table, axes, K, epilogue["negative_slope"], method)
-    return Planar(spectrum, read, mixed, mix, irfft)
-
-
-def planar_axes(B: int, K: int, C: int, P: int) -> Axes:
-    """Axes of planar spectra `[K, 2, C, rows]`; imaginary parts lie C * rows further."""
-    pixels = launch.padded_pixels(P)
-    rows = B * pixels
-    return Axes(B, K, C, P, pixels, 2 * C * rows, rows, 1)
-
-
-def spectrum_dtype(method: str) -> torch.dtype:
-    """Spectra between kernels: products in bfloat16 round their operands anyway."""
-    return torch.bfloat16 if method == "bf16" else torch.float32
-
-
-def plan_spectrum(
-    device: torch.device, table: Architecture, axes: Axes, K: int, slope: float, method: str
-) -> Spectrum:
-    """The first K bins of a tensor as planes."""
-    out_axes = planar_axes(axes.B, K, axes.C, axes.P)
-    rows = out_axes.stride_c
-    rfft = plan_rfft(device, table, axes, out_axes, rows * axes.C, slope)
-    return Spectrum(Buffer((K, 2, axes.C, rows), spectrum_dtype(method), device), rfft)
+    return Fused(read, pack, kernel)

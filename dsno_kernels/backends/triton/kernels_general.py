@@ -1,7 +1,8 @@
 """Any T, n and K: a thin transform, products of channels in each bin, a thin transform back.
 
 Spectra are planar: plane 2k holds the real and plane 2k + 1 the imaginary part of bin k, each `[C,
-rows]` with rows = B * padded pixels, so that rows are contiguous whatever the layout of x. The
+rows]` with rows = B * padded pixels, so that rows are contiguous whatever the layout of x. Of int32
+spectra, half the bytes, plane k holds both parts of bin k as words (`pack_complex`). The
 transforms are matrix products whose matrix is gathered from a table of one turn, cos and -sin of 2
 pi j / length with j = k t mod length. Where a part does not exist (bin 0, Nyquist) the table is
 exactly zero.
@@ -22,11 +23,18 @@ from dsno_kernels.backends.triton.arithmetic import (
     multiply_add,
     negative,
     pack_bits,
+    pack_complex,
     round_bf16,
     split,
     store_rounded,
+    unpack_complex,
 )
-from dsno_kernels.backends.triton.kernels_small import load_packed, load_weight, weight_tile
+from dsno_kernels.backends.triton.kernels_small import (
+    load_packed,
+    load_weight,
+    pack_weight_tile,
+    weight_tile,
+)
 
 
 @triton.jit
@@ -47,17 +55,50 @@ def part_offsets(m, stride_k, stride_part, REGULAR: tl.constexpr):
     return offsets
 
 
+@triton.constexpr_function
+def planes(ptr):
+    """Planes of a bin in a spectrum."""
+    return 1 if ptr.dtype.element_ty == tl.int32 else 2
+
+
+@triton.jit
+def load_bin(ptr, mask, plane, METHOD: tl.constexpr):
+    """Operands of the real and of the imaginary part of a tile of a bin."""
+    if planes(ptr) == 1:
+        re, im = unpack_complex(tl.load(ptr, mask=mask, other=0))
+        operands = (re, re), (im, im)
+    else:
+        re = as_operand(tl.load(ptr, mask=mask, other=0.0))
+        im = as_operand(tl.load(ptr + plane, mask=mask, other=0.0))
+        operands = split(re, METHOD), split(im, METHOD)
+    return operands
+
+
 @triton.jit
 def truncated_rfft_kernel(
-    x_ptr, x_positive_ptr, table_ptr, spectrum_ptr, B, C, P, rows, padded_pixels, T, K,
-    negative_slope,
+    x_ptr, x_positive_ptr, weight_ptr, table_ptr, spectrum_ptr, packed_ptr,
+    B, C, P, rows, padded_pixels, T, K, negative_slope,
     stride_xb, stride_xt, stride_xc, stride_xp,
     stride_sb, stride_sk, stride_sc, stride_sp, stride_part,
+    weight_i, weight_o, padded_in, padded_out, stride_wi, stride_wo, stride_wk, stride_wc,
     METHOD: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr, REGULAR: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
+    ADJOINT: tl.constexpr, PRODUCTS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Coefficients [rows, 2K] of x; with PADDED also those of the padding, zero."""
+    """Coefficients [rows, 2K] of x; with PADDED also those of the padding, zero.
+
+    With a weight, the first programs pack it for the products that follow.
+    """
     pid = tl.program_id(0).to(tl.int64)
+    if weight_ptr is not None:
+        packs = tl.cdiv(padded_in, BLOCK_W) * tl.cdiv(padded_out, BLOCK_W) * 2 * K
+        if pid < packs:
+            pack_weight_tile(
+                pid, weight_ptr, packed_ptr, weight_i, weight_o, padded_in, padded_out,
+                stride_wi, stride_wo, stride_wk, stride_wc, K, ADJOINT, PRODUCTS, BLOCK_W,
+            )  # fmt: skip
+            return
+        pid -= packs
     tiles_m = tl.cdiv(2 * K, BLOCK_M)
     start = pid // tiles_m * BLOCK_R
     m = (pid % tiles_m).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -81,22 +122,24 @@ def truncated_rfft_kernel(
             table_ptr, m[None, :], t[:, None], T, (m < 2 * K)[None, :] & (t < T)[:, None], WIDE
         )
         acc = multiply_add(split(x, METHOD), split(matrix, METHOD), acc, METHOD)
-    s_rows = c * stride_sc + b * stride_sb + p * stride_sp
-    s_columns = part_offsets(m, stride_sk, stride_part, REGULAR)
     if PADDED:
         inside = c < C
-    if spectrum_ptr.dtype.element_ty == tl.bfloat16:
-        acc = round_bf16(acc).to(tl.float32)
-    store_rounded(
-        spectrum_ptr + s_rows[:, None] + s_columns[None, :],
-        acc,
-        inside[:, None] & (m < 2 * K)[None, :],
-    )
+    spectrum = spectrum_ptr + (c * stride_sc + b * stride_sb + p * stride_sp)[:, None]
+    if planes(spectrum_ptr) == 1:
+        re, im = tl.split(tl.reshape(acc, (BLOCK_R, BLOCK_M // 2, 2)))
+        k = (pid % tiles_m).to(tl.int32) * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
+        columns = (k.to(tl.int64) * stride_sk)[None, :]
+        tl.store(spectrum + columns, pack_complex(re, im), mask=inside[:, None] & (k < K)[None, :])
+    else:
+        columns = part_offsets(m, stride_sk, stride_part, REGULAR)[None, :]
+        if spectrum_ptr.dtype.element_ty == tl.bfloat16:
+            acc = round_bf16(acc).to(tl.float32)
+        store_rounded(spectrum + columns, acc, inside[:, None] & (m < 2 * K)[None, :])
 
 
 @triton.jit
 def spectral_conv_mix_kernel(
-    z_ptr, weight_ptr, y_ptr, I, O, rows, stride_wi, stride_wo, stride_wk, stride_wc,
+    z_ptr, weight_ptr, y_ptr, I, O, rows, N, stride_wi, stride_wo, stride_wk, stride_wc,
     K: tl.constexpr, METHOD: tl.constexpr, PACKED: tl.constexpr, ADJOINT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +156,7 @@ def spectral_conv_mix_kernel(
     im = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
     for first in range(0, I, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
-        place = z_ptr + 2 * k * z_plane + i.to(tl.int64)[None, :] * rows + r[:, None]
+        place = z_ptr + planes(z_ptr) * k * z_plane + i.to(tl.int64)[None, :] * rows + r[:, None]
         mask = (r < rows)[:, None] & (i < I)[None, :]
         tile, w_mask = weight_tile(
             weight_ptr + k * stride_wk, i, o, I, O, stride_wi, stride_wo, ADJOINT
@@ -123,16 +166,20 @@ def spectral_conv_mix_kernel(
             w_im = load_packed(tile, stride_wc, 1, K, METHOD)
         else:
             w_re, w_im = load_weight(tile, w_mask, stride_wc, METHOD, ADJOINT)
-        z_re = split(as_operand(tl.load(place, mask=mask, other=0.0)), METHOD)
-        z_im = split(as_operand(tl.load(place + z_plane, mask=mask, other=0.0)), METHOD)
+        z_re, z_im = load_bin(place, mask, z_plane, METHOD)
         re = multiply_add(z_re, w_re, re, METHOD)
         im = multiply_add(z_re, w_im, im, METHOD)
         re = multiply_add(negative(z_im), w_im, re, METHOD)
         im = multiply_add(z_im, w_re, im, METHOD)
     mask = (r < rows)[:, None] & (o < O)[None, :]
-    y = y_ptr + 2 * k * y_plane + o[None, :] * rows + r[:, None]
-    store_rounded(y, re, mask)
-    store_rounded(y + y_plane, im, mask)
+    y = y_ptr + planes(y_ptr) * k * y_plane + o[None, :] * rows + r[:, None]
+    if planes(y_ptr) == 1:
+        # What does not reach the output must not set the exponent either.
+        im = tl.where((k == 0) | (2 * k == N), 0.0, im)
+        tl.store(y, pack_complex(re, im), mask=mask)
+    else:
+        store_rounded(y, re, mask)
+        store_rounded(y + y_plane, im, mask)
 
 
 @triton.jit
@@ -153,17 +200,26 @@ def truncated_irfft_kernel(
     t64 = t.to(tl.int64)
     c, b, p = channel_rows(start, rows, padded_pixels, BLOCK_R, 1)
     inside = (c < C) & (b < B) & (p < P)
-    s_rows = c * stride_sc + b * stride_sb + p * stride_sp
+    rows_of_spectrum = spectrum_ptr + (c * stride_sc + b * stride_sb + p * stride_sp)[:, None]
     h = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
     for first in range(0, 2 * K, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         k = m // 2
-        s_columns = part_offsets(m, stride_sk, stride_part, REGULAR)
-        spectrum = tl.load(
-            spectrum_ptr + s_rows[:, None] + s_columns[None, :],
-            mask=inside[:, None] & (m < 2 * K)[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        if planes(spectrum_ptr) == 1:
+            bins = first // 2 + tl.arange(0, BLOCK_M // 2)
+            words = tl.load(
+                rows_of_spectrum + (bins.to(tl.int64) * stride_sk)[None, :],
+                mask=inside[:, None] & (bins < K)[None, :],
+                other=0,
+            )
+            re, im = unpack_complex(words)
+            spectrum = tl.reshape(tl.join(re, im), (BLOCK_R, BLOCK_M))
+        else:
+            spectrum = tl.load(
+                rows_of_spectrum + part_offsets(m, stride_sk, stride_part, REGULAR)[None, :],
+                mask=inside[:, None] & (m < 2 * K)[None, :],
+                other=0.0,
+            ).to(tl.float32)
         # What a part that does not exist holds may be anything, and NaN * 0 is NaN.
         exists = (m < 2 * K) & ((m % 2 == 0) | ((k != 0) & (2 * k != N)))
         spectrum = tl.where(exists[None, :], spectrum, 0.0)

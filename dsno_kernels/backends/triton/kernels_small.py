@@ -38,36 +38,49 @@ from dsno_kernels.backends.triton.arithmetic import (
 
 
 @triton.jit
-def pack_weight_kernel(
-    weight_ptr, packed_ptr, I, O, padded_in, padded_out, stride_wi, stride_wo, stride_wk, stride_wc,
-    K: tl.constexpr, ADJOINT: tl.constexpr, METHOD: tl.constexpr, BLOCK: tl.constexpr,
+def pack_weight_tile(
+    pid, weight_ptr, packed_ptr, weight_i, weight_o, padded_in, padded_out,
+    stride_wi, stride_wo, stride_wk, stride_wc, K,
+    ADJOINT: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Weight -> operands [high, low][K, 2, out, in], zero-padded; adjoint: conj, transposed."""
-    pid = tl.program_id(0).to(tl.int64)
-    tiles_in = tl.cdiv(padded_in, BLOCK)
-    tiles_out = tl.cdiv(padded_out, BLOCK)
-    i = pid % tiles_in * BLOCK + tl.arange(0, BLOCK)
-    o = pid // tiles_in % tiles_out * BLOCK + tl.arange(0, BLOCK)
+    tiles_in = tl.cdiv(padded_in, BLOCK_W)
+    tiles_out = tl.cdiv(padded_out, BLOCK_W)
+    i = pid % tiles_in * BLOCK_W + tl.arange(0, BLOCK_W)
+    o = pid // tiles_in % tiles_out * BLOCK_W + tl.arange(0, BLOCK_W)
     plane = pid // (tiles_in * tiles_out)
     k, imag = plane // 2, plane % 2
     if ADJOINT:
         offsets = o[:, None] * stride_wi + i[None, :] * stride_wo
-        mask = (o < I)[:, None] & (i < O)[None, :]
+        mask = (o < weight_i)[:, None] & (i < weight_o)[None, :]
     else:
         offsets = i[None, :] * stride_wi + o[:, None] * stride_wo
-        mask = (o < O)[:, None] & (i < I)[None, :]
+        mask = (o < weight_o)[:, None] & (i < weight_i)[None, :]
     w = tl.load(weight_ptr + k * stride_wk + imag * stride_wc + offsets, mask=mask, other=0.0).to(
         tl.float32
     )
     if ADJOINT:
         w = tl.where(imag == 1, -w, w)
-    high, low = split(w, METHOD)
+    high, low = split(w, PRODUCTS)
     packed = packed_ptr + (plane * padded_out + o[:, None]) * padded_in + i[None, :]
     inside = (o < padded_out)[:, None] & (i < padded_in)[None, :]
     tl.store(packed, high.to(packed_ptr.dtype.element_ty), mask=inside)
-    if METHOD == "tf32x3" or METHOD == "bf16x3":
+    if PRODUCTS == "tf32x3" or PRODUCTS == "bf16x3":
         low_plane = 2 * K * padded_out.to(tl.int64) * padded_in
         tl.store(packed + low_plane, low.to(packed_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def pack_weight_kernel(
+    weight_ptr, packed_ptr, weight_i, weight_o, padded_in, padded_out,
+    stride_wi, stride_wo, stride_wk, stride_wc, K,
+    ADJOINT: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """`pack_weight_tile` as a launch of its own."""
+    pack_weight_tile(
+        tl.program_id(0).to(tl.int64), weight_ptr, packed_ptr, weight_i, weight_o, padded_in,
+        padded_out, stride_wi, stride_wo, stride_wk, stride_wc, K, ADJOINT, PRODUCTS, BLOCK_W,
+    )  # fmt: skip
 
 
 @triton.jit

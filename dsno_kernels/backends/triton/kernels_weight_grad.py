@@ -19,15 +19,14 @@ import triton
 import triton.language as tl
 
 from dsno_kernels.backends.triton.arithmetic import (
-    as_operand,
     multiply_add,
     negative,
     parts,
     pixel_rows,
-    split,
     transposed,
     wide,
 )
+from dsno_kernels.backends.triton.kernels_general import load_bin, planes
 from dsno_kernels.backends.triton.kernels_small import coefficient, load_slices
 
 
@@ -106,7 +105,7 @@ def spectral_conv_weight_grad_planes_kernel(
     K: tl.constexpr, METHOD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R:
     tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of a bin over a range of rows, from planar spectra [2K, C, rows]."""
+    """Partial sums of a bin over a range of rows, from planar spectra."""
     pid = tl.program_id(0).to(tl.int64)
     tiles_o = tl.cdiv(O, BLOCK_O)
     tiles_i = tl.cdiv(I, BLOCK_I)
@@ -121,14 +120,12 @@ def spectral_conv_weight_grad_planes_kernel(
     im = tl.zeros((BLOCK_I, BLOCK_O), tl.float32)
     for step in range(0, rows_per_split, BLOCK_R):
         r = begin + step + tl.arange(0, BLOCK_R)
-        z = z_ptr + 2 * k * z_plane + i[:, None] * rows + r[None, :]
-        g = g_ptr + 2 * k * g_plane + o[None, :] * rows + r[:, None]
+        z = z_ptr + planes(z_ptr) * k * z_plane + i[:, None] * rows + r[None, :]
+        g = g_ptr + planes(g_ptr) * k * g_plane + o[None, :] * rows + r[:, None]
         z_mask = (i < I)[:, None] & (r < rows)[None, :]
         g_mask = (o < O)[None, :] & (r < rows)[:, None]
-        z_re = split(as_operand(tl.load(z, mask=z_mask, other=0.0)), METHOD)
-        z_im = split(as_operand(tl.load(z + z_plane, mask=z_mask, other=0.0)), METHOD)
-        g_re = split(as_operand(tl.load(g, mask=g_mask, other=0.0)), METHOD)
-        g_im = split(as_operand(tl.load(g + g_plane, mask=g_mask, other=0.0)), METHOD)
+        z_re, z_im = load_bin(z, z_mask, z_plane, METHOD)
+        g_re, g_im = load_bin(g, g_mask, g_plane, METHOD)
         re = multiply_add(z_re, g_re, re, METHOD)
         im = multiply_add(z_re, g_im, im, METHOD)
         re = multiply_add(z_im, g_im, re, METHOD)

@@ -12,7 +12,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,17 @@ PLANS = 1024
 Operand = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 # Launcher, function and metadata of a compiled kernel.
 Direct = tuple[Callable[..., Any], Any, Any]
+
+
+class Buffer(NamedTuple):
+    """A tensor to allocate."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dsno_kernels import _layout
 from dsno_kernels._layout import Axes
-from dsno_kernels.backends.triton import kernels_general, launch
+from dsno_kernels.backends.triton import kernels_general, launch, weights
 from dsno_kernels.backends.triton.configs import Architecture
 from dsno_kernels.backends.triton.launch import Launch
+from dsno_kernels.backends.triton.weights import Packing
 
 # Beyond this length k * t no longer fits 32 bits.
 _LONGEST_NARROW = 46340
@@ -25,8 +26,15 @@ class Rfft(NamedTuple):
     launch: Launch
     twiddles: Tensor
 
-    def run(self, x: Tensor, x_positive: Tensor | None, spectrum: Tensor) -> None:
-        launch.run(self.launch, x, x_positive, self.twiddles, spectrum)
+    def run(
+        self,
+        x: Tensor,
+        x_positive: Tensor | None,
+        spectrum: Tensor,
+        weight: Tensor | None = None,
+        packed: Tensor | None = None,
+    ) -> None:
+        launch.run(self.launch, x, x_positive, weight, self.twiddles, spectrum, packed)
 
 
 class Irfft(NamedTuple):
@@ -119,8 +127,12 @@ def plan_rfft(
     stride_part: int,
     slope: float,
     padded: bool = True,
+    packing: Packing | None = None,
 ) -> Rfft:
-    """The first bins of x, written to a spectrum whose axes are those of its real parts."""
+    """The first bins of x, written to a spectrum whose axes are those of its real parts.
+
+    With `packing`, further programs of the launch pack a weight.
+    """
     K = spectrum_axes.T
     pixels = launch.padded_pixels(axes.P)
     rows = axes.B * pixels
@@ -128,7 +140,8 @@ def plan_rfft(
     block_r, block_m, block_t = launch.blocks((rows * axes.C, 2 * K, axes.T), config)
     planned = Launch(
         kernels_general.truncated_rfft_kernel,
-        launch.cdiv(rows * axes.C, block_r) * launch.cdiv(2 * K, block_m),
+        launch.cdiv(rows * axes.C, block_r) * launch.cdiv(2 * K, block_m)
+        + (0 if packing is None else packing.programs),
         config,
         device,
         B=axes.B,
@@ -141,6 +154,7 @@ def plan_rfft(
         negative_slope=slope,
         **launch.named_strides("x", axes),
         **_spectrum_arguments(spectrum_axes, stride_part),
+        **(weights.NOTHING if packing is None else packing.arguments),
         METHOD=table.transform_method,
         WIDE=axes.T > _LONGEST_NARROW,
         PADDED=padded,

@@ -11,8 +11,9 @@ from torch import Tensor
 from dsno_kernels import _layout
 from dsno_kernels.backends.triton import configs, kernels_weight_grad, launch
 from dsno_kernels.backends.triton.configs import Architecture
-from dsno_kernels.backends.triton.conv import Buffer, Spectrum, fused_class, plan_spectrum
-from dsno_kernels.backends.triton.launch import Launch, Operand
+from dsno_kernels.backends.triton.conv import fused_class
+from dsno_kernels.backends.triton.launch import Buffer, Launch, Operand
+from dsno_kernels.backends.triton.planar import Spectrum, plan_spectrum
 
 # The least number of steps worth a program of its own.
 _STEPS = 4

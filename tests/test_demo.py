@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ pytest.importorskip("matplotlib")
 PIL_Image = pytest.importorskip("PIL.Image")
 
 from dsno_kernels import commands, demo  # noqa: E402
-from dsno_kernels.demo import compare, data, figure, student, teacher  # noqa: E402
+from dsno_kernels.demo import compare, figure, student, teacher  # noqa: E402
 from dsno_kernels.demo import steps as demo_steps  # noqa: E402
 from dsno_kernels.diffusion import (  # noqa: E402
     ExactDenoiser,
@@ -26,6 +25,7 @@ from dsno_kernels.diffusion import (  # noqa: E402
     time_grid,
 )
 from dsno_kernels.models import logsnr_schedule  # noqa: E402
+from dsno_kernels.training import images as data  # noqa: E402
 from tests.helpers import FLOAT64, assert_close  # noqa: E402
 
 
@@ -39,7 +39,7 @@ def test_the_schedule_is_that_of_dsno() -> None:
 
 def test_teacher_reaches_the_images_that_many_steps_reach() -> None:
     """The default number of steps, against 10 times as many of order 1."""
-    images = data.digits()[:200]
+    images = data.digits().images[:200]
     noise = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     frames, _ = teacher.trajectories(noise, images, steps=demo_steps.TEACHER_STEPS, frames=4)
     model = for_process(ExactDenoiser(images), teacher.PROCESS)
@@ -82,54 +82,6 @@ def test_peak_bytes_sees_a_temporary() -> None:
     x = torch.randn(1 << 16)
     peak = compare.peak_bytes(lambda: (x + 1).sum(), torch.device("cpu"))
     assert 4 << 16 <= peak < 6 << 16
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """One image of each kind that people have, and one file that is no image."""
-    folder = tmp_path / "pictures"
-    (folder / "deeper").mkdir(parents=True)
-    gray = np.arange(30 * 20, dtype=np.uint8).reshape(30, 20)
-    color = np.random.default_rng(0).integers(0, 256, (17, 23, 3), dtype=np.uint8)
-    PIL_Image.fromarray(gray).save(folder / "gray.png")
-    PIL_Image.fromarray(gray.astype(np.uint16) * 257).save(folder / "sixteen bits.PNG")
-    PIL_Image.fromarray(color).save(folder / "color.jpg")
-    PIL_Image.fromarray(color).convert("CMYK").save(folder / "print.jpeg")
-    PIL_Image.fromarray(color).convert("P").save(folder / "palette.png")
-    PIL_Image.new("RGBA", (40, 3), (255, 0, 0, 0)).save(folder / "deeper" / "clear.png")
-    (folder / "broken.png").write_bytes(b"no image")
-    (folder / "notes.txt").write_text("ignored")
-    return folder
-
-
-def test_folder_reads_every_kind_and_skips_the_broken(
-    pictures: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        images = data.folder(pictures, 8)
-    assert images.shape == (6, 3, 8, 8)
-    assert images.min() >= -1.0
-    assert images.max() <= 1.0
-    assert "broken.png" in caplog.text
-    names = sorted(p for p in pictures.rglob("*") if p.suffix.lower() in data.SUFFIXES)
-    names = [p.name for p in names if p.name != "broken.png"]
-    assert images[names.index("clear.png")].eq(1.0).all()  # transparent is white
-    assert_close(images[names.index("sixteen bits.PNG")], images[names.index("gray.png")], 0.01)
-
-
-def test_folder_of_gray_images_has_one_channel(tmp_path: Path) -> None:
-    PIL_Image.new("L", (9, 9), 0).save(tmp_path / "a.png")
-    PIL_Image.new("RGB", (5, 7), (255, 255, 255)).save(tmp_path / "b.png")
-    images = data.folder(tmp_path, 16)
-    assert images.shape == (2, 1, 16, 16)
-    assert images[0].eq(-1.0).all()
-    assert images[1].eq(1.0).all()
-
-
-def test_digits_fill_the_range() -> None:
-    images = data.digits()
-    assert images.shape == (1797, 1, 8, 8)
-    assert (images.min(), images.max()) == (-1.0, 1.0)
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file", "broken"])
@@ -180,7 +132,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(student, "BATCH", 4)
     monkeypatch.setattr(demo_steps, "HELD_OUT", 8)
     monkeypatch.setattr(demo_steps, "TEACHER_STEPS", 8)
-    monkeypatch.setattr(data, "digits", lambda digits=data.digits: digits()[:50])
+    few = data.Images(data.digits().images[:50], None)
+    monkeypatch.setattr(data, "digits", lambda: few)
     monkeypatch.setattr(figure, "COLUMNS", 4)
 
 
@@ -214,10 +167,22 @@ def test_demo_writes_its_picture_and_its_numbers(
 
 
 @pytest.mark.usefixtures("quick")
-def test_demo_on_own_images(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--data", str(pictures), "--steps", "1", "--size", "16", "--out", str(tmp_path)]
+def test_demo_on_own_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pictures").mkdir()
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 256, (17 + i, 23, 3), dtype=np.uint8)
+        PIL_Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+    arguments = ["--data", str(tmp_path / "pictures"), "--steps", "1", "--size", "16"]
+    arguments += ["--out", str(tmp_path)]
+        "--data",
+        str(tmp_path / "pictures"),
+        "--steps",
+        "1",
+        "--size",
+        "16",
+        "--out",
+        str(tmp_path),
+    ]
     assert commands.main(["demo", *arguments, "--device", "cpu"]) == 0
     assert "6 images" in capsys.readouterr().out
 

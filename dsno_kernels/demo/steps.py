@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dsno_kernels as dk
-from dsno_kernels.demo import compare, data, figure, student, teacher
+from dsno_kernels.demo import compare, figure, student, teacher
 from dsno_kernels.demo.figure import Row, Section
+from dsno_kernels.training import images as data
 from dsno_kernels.training.distributed import choose_device
 from dsno_kernels.training.errors import CommandError, prepare_folder
 
@@ -27,6 +28,9 @@ TEACHER_STEPS = 48
 # Teacher trajectories to learn from: each noise is drawn a few times in the default number of
 # steps.
 MAX_NOISES = 8192
+# The teacher compares each noise with every image: more than this would take minutes and teach a
+# small student no more.
+MAX_IMAGES = 4096
 HELD_OUT = 512  # noises no training step sees; quality is measured on them
 
 
@@ -84,10 +88,10 @@ def say(line: str) -> None:
 
 def load(options: argparse.Namespace, device: torch.device) -> Tensor:
     if options.data is None:
-        images = data.digits()
+        images = data.digits().images
         say(f"Data: {len(images):,} real 8x8 digits (scikit-learn)")
     else:
-        images = data.folder(options.data, options.size)
+        images = data.folder(options.data, options.size, limit=MAX_IMAGES).images
         kind = "gray" if images.shape[1] == 1 else "RGB"
         size = f"{options.size}x{options.size}"
         say(f"Data: {len(images):,} images of {options.data}, as {size} {kind}")

@@ -174,15 +174,6 @@ def test_demo_on_own_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         PIL_Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
     arguments = ["--data", str(tmp_path / "pictures"), "--steps", "1", "--size", "16"]
     arguments += ["--out", str(tmp_path)]
-        "--data",
-        str(tmp_path / "pictures"),
-        "--steps",
-        "1",
-        "--size",
-        "16",
-        "--out",
-        str(tmp_path),
-    ]
     assert commands.main(["demo", *arguments, "--device", "cpu"]) == 0
     assert "6 images" in capsys.readouterr().out
 

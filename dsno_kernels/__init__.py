@@ -1,6 +1,6 @@
 """Fused kernels for the Fourier temporal convolution of DSNO, as PyTorch functions and modules."""
 
-from dsno_kernels import diffusion, integrations, models, nn
+from dsno_kernels import diffusion, evaluation, integrations, models, nn
 from dsno_kernels.backends import use_backend
 from dsno_kernels.functional import (
     SolverStep,
@@ -14,6 +14,7 @@ from dsno_kernels.functional import (
     truncated_irfft,
     truncated_rfft,
 )
+from dsno_kernels.sampling import generate
 from dsno_kernels.swap import restore_layers, swap_layers, swapped
 
 __version__ = "0.1.0.dev0"
@@ -22,8 +23,10 @@ __all__ = [
     "SolverStep",
     "diffusion",
     "dynamic_threshold",
+    "evaluation",
     "exp_step",
     "explain",
+    "generate",
     "group_norm_silu",
     "integrations",
     "models",

@@ -29,6 +29,14 @@ COMMANDS = {
         "train a small DSNO on real images and compare the layers",
         "dsno_kernels.demo",
     ),
+    "sample": (
+        "images from noise, one forward pass each",
+        "dsno_kernels.sampling",
+    ),
+    "evaluate": (
+        "how close samples are to real images, over several seeds",
+        "dsno_kernels.evaluation.command",
+    ),
 }
 GROUPS = {"train": "from a data set to a one-forward sampler, step by step"}
 

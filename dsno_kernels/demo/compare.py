@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dsno_kernels as dk
+from dsno_kernels.evaluation import frechet_distance as frechet_distance  # on pixels
 from dsno_kernels.models.eager import EagerTimeConv
 
 # The largest temporal layer of the CIFAR-10 network at batch 4: (B, T, C, H, W), K.
@@ -163,27 +164,6 @@ def _quiet_stderr() -> Iterator[None]:
 def nearest_distance(samples: Tensor, images: Tensor) -> float:
     """Mean over the samples of the Euclidean distance to the nearest image."""
     return torch.cdist(samples.flatten(1), images.flatten(1)).amin(dim=1).mean().item()
-
-
-def frechet_distance(samples: Tensor, images: Tensor) -> float:
-    r"""Fréchet distance between normal fits of two sets of images, on their pixels.
-
-    .. math:: |m_1 - m_2|^2 + \mathrm{tr}\left(C_1 + C_2 - 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}\right)
-    """
-
-    def fit(x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.flatten(1).double()
-        centered = x - x.mean(0)
-        return x.mean(0), centered.T @ centered / max(len(x) - 1, 1)
-
-    def root(matrix: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(matrix)
-        return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-
-    (m1, C1), (m2, C2) = fit(samples), fit(images)
-    half = root(C1)
-    cross = torch.linalg.eigvalsh(half @ C2 @ half).clamp_min(0).sqrt().sum()
-    return ((m1 - m2).square().sum() + C1.trace() + C2.trace() - 2 * cross).item()
 
 
 def normal_samples(images: Tensor, count: int) -> Tensor:

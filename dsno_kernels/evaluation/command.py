@@ -1,0 +1,149 @@
+"""The command `evaluate`: samples against real images, over several seeds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsno_kernels import __version__, sampling
+from dsno_kernels.evaluation import features, report, sets
+from dsno_kernels.training.distributed import choose_device
+from dsno_kernels.training.errors import CommandError, prepare_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `evaluate`."""
+
+    def add(flag: str, text: str, **options: Any) -> None:
+        parser.add_argument(flag, help=f"{text}; default: %(default)s", **options)
+
+    parser.add_argument(
+        "sets",
+        nargs="*",
+        metavar="SET",
+        help="images to judge: an .npz, a folder, a DSNO's file, or digits (the real ones)",
+    )
+    parser.add_argument("--student", metavar="FILE", help="a DSNO; digits is the packaged one")
+    parser.add_argument(
+        "--ablation", metavar="FILE", help="the same DSNO trained without temporal layers"
+    )
+    parser.add_argument(
+        "--teacher", metavar="FILE", help="the denoiser, sampled with a solver for comparison"
+    )
+    whole: dict[str, Any] = {"type": sampling.positive, "metavar": "N"}
+    add("--evaluations", "steps of the teacher's solver", nargs="+", default=[5, 10, 20], **whole)
+    add("--solver", "of the teacher, a name of dk.diffusion.solvers()", default="tab3")
+    add("--grid", "times of the solver, a kind of dk.diffusion.time_grid", default=sets.GRID)
+    add("--reference", "real images: digits, an .npz or a folder", metavar="SET", default="digits")
+    add(
+        "--features",
+        "digits (a small classifier), pixels, or your network: a TorchScript file (.ts, .pt) such"
+        " as Inception",
+        default="digits",
+    )
+    add("--classifier-seed", "of the training of that classifier", type=int, default=0)
+    parser.add_argument(
+        "--count", help="images drawn of each model; default: as the reference has", **whole
+    )
+    add("--seeds", "draws of each model, for the spread", default=3, **whole)
+    add("--seed", "the first of them", type=int, metavar="N", default=0)
+    add("--batch", "images an evaluation", default=256, **whole)
+    add("--device", "where", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--precision", "bf16 is autocast", choices=sampling.PRECISIONS, default="fp32")
+    add(
+        "--out",
+        "folder that keeps the digit classifier",
+        type=Path,
+        metavar="FOLDER",
+        default=Path("evaluation_output"),
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers, for programs")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The command `evaluate`.
+
+    Raises:
+        CommandError: sets, features or models that cannot be compared. ModelFileError: a file that
+        is no model of the kind wanted.
+    """
+    from tqdm import tqdm
+
+    if arguments.json is not None:
+        prepare_folder(arguments.json.parent)
+    device = choose_device(arguments.device)
+    real = sets.fixed(arguments.reference)
+    if real is None:
+        raise CommandError(f"--reference {arguments.reference} is a model; give real images")
+    samples = _sample_sets(arguments, real, device)
+    network = _features(arguments, device)
+    reference = report.Reference(arguments.reference, real, network)
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    draws = sum(len(seeds) if one.evaluations else 1 for one in samples)
+    with tqdm(total=draws, unit="draw", dynamic_ncols=True) as bar:
+        rows = [report.row_of(one, reference, seeds, bar.update) for one in samples]
+    halves = reference.halves(seeds)
+    if halves is not None:
+        rows.append(halves)
+    print(f"Features: {network.name}; {len(real)} reference images; {len(seeds)} seeds\n")
+    print(report.table(rows))
+    if arguments.json is not None:
+        content = {
+            "reference": arguments.reference,
+            "reference_images": len(real),
+            "features": network.name,
+            "feature_size": reference.vectors.shape[1],
+            "seeds": list(seeds),
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "version": __version__,
+            "rows": [row.as_dict() for row in rows],
+        }
+        _replace_json(arguments.json, content)
+
+
+def _sample_sets(
+    arguments: argparse.Namespace, real: Tensor, device: torch.device
+) -> list[sets.SampleSet]:
+    """What is to be judged, in the order of the table."""
+    drawing = sets.Drawing(
+        arguments.count or len(real), arguments.batch, device, arguments.precision
+    )
+    found = []
+    if arguments.teacher is not None:
+        solver = (arguments.evaluations, arguments.solver, arguments.grid)
+        found += sets.teachers(arguments.teacher, *solver, drawing)
+    if arguments.student is not None:
+        found.append(sets.student("student", arguments.student, drawing))
+    if arguments.ablation is not None:
+        name = "student without temporal layers"
+        found.append(sets.student(name, arguments.ablation, drawing))
+    found += [sets.of_text(text, drawing) for text in arguments.sets]
+    if not found:
+        raise CommandError("nothing to judge; give sets, --student, --ablation or --teacher")
+    return found
+
+
+def _features(arguments: argparse.Namespace, device: torch.device) -> features.Features:
+    if arguments.features == "pixels":
+        return features.pixels()
+    if arguments.features == "digits":
+        prepare_folder(arguments.out)
+        return features.digits(arguments.out, arguments.classifier_seed)
+    return features.torchscript(Path(arguments.features), device)
+
+
+def _replace_json(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ COMMANDS = {
     ),
     "sample": (
         "images from noise, one forward pass each",
-        "dsno_kernels.sampling",
+        "dsno_kernels.sampling.command",
     ),
     "evaluate": (
         "how close samples are to real images, over several seeds",

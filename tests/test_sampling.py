@@ -14,7 +14,8 @@ pytest.importorskip("tqdm")
 PIL_Image = pytest.importorskip("PIL.Image")
 
 import dsno_kernels as dk  # noqa: E402
-from dsno_kernels import _image_files, commands, sampling  # noqa: E402
+from dsno_kernels import commands  # noqa: E402
+from dsno_kernels.sampling import files, generation  # noqa: E402
 from dsno_kernels.training import images  # noqa: E402
 from tests.helpers import assert_close  # noqa: E402
 from tests.small_models import LOGSNR, network, write_student, write_teacher  # noqa: E402
@@ -37,7 +38,7 @@ def test_samples_depend_on_seed_and_index_alone() -> None:
 
 def test_a_sample_is_the_last_state_of_the_model() -> None:
     model = network()
-    noise = sampling.noise_of(model, range(5), 7)
+    noise = generation.noise_of(model, range(5), 7)
     with torch.no_grad():
         states = model(noise, LOGSNR)
     assert_close(dk.generate(model, 5, logsnr=LOGSNR, seed=7, frames=True), states, BATCHES)
@@ -48,37 +49,37 @@ def test_a_sample_is_the_last_state_of_the_model() -> None:
 
 def test_each_sample_has_its_own_noise() -> None:
     model = network()
-    noise = sampling.noise_of(model, range(2000), 0)
+    noise = generation.noise_of(model, range(2000), 0)
     # 1.3e5 draws: standard errors are 2.8e-3 of the mean, 2e-3 of the deviation.
     assert abs(noise.mean()) < 0.015
     assert abs(noise.std() - 1.0) < 0.01
     assert len(noise.flatten(1).unique(dim=0)) == 2000
-    assert torch.equal(sampling.noise_of(model, range(7, 9), 0), noise[7:9])
-    assert not torch.equal(sampling.noise_of(model, range(2**40, 2**40 + 2), 0), noise[:2])
+    assert torch.equal(generation.noise_of(model, range(7, 9), 0), noise[7:9])
+    assert not torch.equal(generation.noise_of(model, range(2**40, 2**40 + 2), 0), noise[:2])
 
 
 def test_labels_are_gone_through_in_turn() -> None:
     model = network(classes=3)
-    turns = sampling.class_labels(model, None, 7)
+    turns = generation.class_labels(model, None, 7)
     assert turns is not None
     assert turns.tolist() == [0, 1, 2, 0, 1, 2, 0]
     one = dk.generate(model, 4, logsnr=LOGSNR, labels=1)
     assert_close(dk.generate(model, 4, logsnr=LOGSNR, labels=[0, 1])[1::2], one[1::2], BATCHES)
     with torch.no_grad():
-        noise = sampling.noise_of(model, range(4), 0)
+        noise = generation.noise_of(model, range(4), 0)
         expected = model(noise, LOGSNR, torch.tensor([1, 1, 1, 1]))[:, -1].clamp(-1, 1)
     assert_close(one, expected, BATCHES)
 
 
 def test_other_times_keep_the_way_and_its_end() -> None:
     model = network()
-    assert_close(sampling.resampled(LOGSNR, 4, model), LOGSNR, 1e-6)
+    assert_close(generation.resampled(LOGSNR, 4, model), LOGSNR, 1e-6)
     for times in (2, 3, 8):
         expected = dk.models.logsnr_schedule(torch.linspace(1, 0, times + 1).double()[1:])
-        assert_close(sampling.resampled(LOGSNR, times, model), expected, 1e-5)
+        assert_close(generation.resampled(LOGSNR, times, model), expected, 1e-5)
     # Times that are not even, as those of CIFAR-10's configuration: the old ones stay.
     uneven = dk.models.logsnr_schedule(torch.tensor([0.8, 0.4, 0.1, 0.0]))
-    assert_close(sampling.resampled(uneven, 8, model)[1::2], uneven, 1e-5)
+    assert_close(generation.resampled(uneven, 8, model)[1::2], uneven, 1e-5)
     assert dk.generate(model, 2, logsnr=LOGSNR, times=8, frames=True).shape == (2, 8, 1, 8, 8)
 
 
@@ -121,7 +122,7 @@ def test_a_model_in_training_mode_is_refused() -> None:
 @pytest.mark.parametrize("labels", [3, -1, [0, 5], [], [[0]], [0.5]], ids=str)
 def test_labels_that_are_no_classes(labels: object) -> None:
     with pytest.raises(ValueError, match="labels must be"):
-        sampling.class_labels(network(classes=3), labels, 4)
+        generation.class_labels(network(classes=3), labels, 4)
 
 
 def sample(*words: object) -> int:
@@ -163,7 +164,7 @@ def test_one_picture_of_all(tmp_path: Path) -> None:
     with PIL_Image.open(tmp_path / "g.png") as picture:
         assert picture.size == (3 * 33 - 1, 2 * 33 - 1)  # 8 pixels enlarged to 32, and lines
         pixels = np.asarray(picture)
-    expected = _image_files.to_bytes(dk.generate(model, 5))
+    expected = files.to_bytes(dk.generate(model, 5))
     assert np.array_equal(pixels[33:65:4, 33:65:4], expected[4, ..., 0])
     assert (pixels[33:, 66:] == 255).all()  # the sixth place is empty
 
@@ -177,9 +178,9 @@ def test_strips_go_from_noise_to_image(where: str, tmp_path: Path) -> None:
     with PIL_Image.open(tmp_path / file) as picture:
         assert picture.size == (7 * 33 - 1, rows * 33 - 1)
         pixels = np.asarray(picture)[-32::4]
-    noise = _image_files.to_bytes(sampling.noise_of(network(), range(3), 0))
+    noise = files.to_bytes(generation.noise_of(network(), range(3), 0))
     assert np.array_equal(pixels[:, :32:4], noise[2, ..., 0])
-    last = _image_files.to_bytes(dk.generate(model, 3, times=6))
+    last = files.to_bytes(dk.generate(model, 3, times=6))
     assert np.array_equal(pixels[:, -32::4], last[2, ..., 0])
 
 

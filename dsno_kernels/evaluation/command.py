@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsno_kernels import __version__, sampling
+from dsno_kernels import __version__
 from dsno_kernels.evaluation import features, report, sets
+from dsno_kernels.sampling.command import positive
+from dsno_kernels.sampling.generation import PRECISIONS
 from dsno_kernels.training.distributed import choose_device
 from dsno_kernels.training.errors import CommandError, prepare_folder
 
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher", metavar="FILE", help="the denoiser, sampled with a solver for comparison"
     )
-    whole: dict[str, Any] = {"type": sampling.positive, "metavar": "N"}
+    whole: dict[str, Any] = {"type": positive, "metavar": "N"}
     add("--evaluations", "steps of the teacher's solver", nargs="+", default=[5, 10, 20], **whole)
     add("--solver", "of the teacher, a name of dk.diffusion.solvers()", default="tab3")
     add("--grid", "times of the solver, a kind of dk.diffusion.time_grid", default=sets.GRID)
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", "the first of them", type=int, metavar="N", default=0)
     add("--batch", "images an evaluation", default=256, **whole)
     add("--device", "where", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--precision", "bf16 is autocast", choices=sampling.PRECISIONS, default="fp32")
+    add("--precision", "bf16 is autocast", choices=PRECISIONS, default="fp32")
     add(
         "--out",
         "folder that keeps the digit classifier",

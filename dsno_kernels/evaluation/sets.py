@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsno_kernels import diffusion
 from dsno_kernels.models import DSNO, EDMDenoiser, load
-from dsno_kernels.sampling import batches, class_labels, noise_of, read_logsnr
+from dsno_kernels.sampling.generation import batches, class_labels, noise_of, read_logsnr
 from dsno_kernels.training import images
 from dsno_kernels.training.errors import CommandError
 

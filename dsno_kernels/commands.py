@@ -29,6 +29,10 @@ COMMANDS = {
         "train a small DSNO on real images and compare the layers",
         "dsno_kernels.demo",
     ),
+    "train teacher": (
+        "1. a denoiser of real images",
+        "dsno_kernels.training.teacher",
+    ),
     "sample": (
         "images from noise, one forward pass each",
         "dsno_kernels.sampling.command",

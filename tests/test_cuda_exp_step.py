@@ -20,7 +20,7 @@ from torch import Tensor
 import dsno_kernels as dk
 from dsno_kernels.backends import cpu, reference_steps
 from dsno_kernels.backends.cuda_steps import Steps
-from tests import shim, step_shim
+from tests import shim, step_shim, test_step_noise
 from tests import test_solver_step as on_the_cpu
 from tests.helpers import FLOAT64, IO_BUDGET, assert_close
 from tests.strategies import tensor
@@ -279,6 +279,12 @@ def test_noise_is_that_of_the_definition(
         assert (drawn.double() - exact).abs().max() <= bound
     other = steps.solver_step(x, x, **solver_options(**row, **options | {"seed": seed + 1}))[0]
     assert (other - drawn).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("order", test_step_noise.ORDERS)
+def test_noise_does_not_depend_on_strides(behind_the_ops: None, order: str, rows: bool) -> None:
+    test_step_noise.test_noise_does_not_depend_on_strides(order, rows, "cpu")
 
 
 def test_noise_of_the_cpu_kernels(steps: Steps) -> None:

@@ -66,7 +66,7 @@ struct SolverStepArgs {
     Coefficients guidance;  // column 0
     const float* scale;     // [samples]; may be null
     float low, high;        // -inf, inf: no clamp
-    const uint64_t* seed;   // seed, offset of the noise drawn here; may be null
+    const uint64_t* seed;   // seed, offset of the noise drawn here, counted in memory; may be null
     bool looks_ahead;
     int threads;
 };

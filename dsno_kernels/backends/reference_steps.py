@@ -152,9 +152,10 @@ def normal_noise(seed: Tensor, count: int) -> Tensor:
 
 
 def noise_like(x: Tensor, seed: Tensor) -> Tensor:
-    """The noise of a seed as a tensor like x; elements count in the order of memory."""
-    layout = torch.empty_like(x, dtype=torch.float64)
-    return normal_noise(seed, x.numel()).as_strided(layout.shape, layout.stride())
+    """The noise of a seed in the shape of x. Elements count by their place in the shape, the last
+    axis fastest, however x lies in memory.
+    """
+    return normal_noise(seed, x.numel()).reshape(x.shape)
 
 
 def solver_step(

@@ -81,8 +81,9 @@ def solver_step(
         noise: the shape of point. Or
         seed: draw the noise in the kernel. A ``torch.Generator`` (seed and offset are two numbers
             that it draws), an int64 tensor ``[2]`` or two ints: seed and offset. Element e, counted
-            in the order of memory, is number e of Philox4x32-10 and Box-Muller, on every backend
-            the same up to rounding (csrc/cpu/isa/noise.h).
+            by its place in the shape (the last axis fastest), is number e of Philox4x32-10 and
+            Box-Muller: the same up to rounding on every backend and for all strides
+            (csrc/cpu/isa/noise.h). A point whose memory has another order costs one more pass.
         clip: (lowest, highest) of h_0.
         threshold: (ratio, max_value, definition) of :func:`dynamic_threshold`, for h_0; it is one
             more pass.

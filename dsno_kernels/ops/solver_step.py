@@ -115,6 +115,8 @@ def _run_step(
         return list(_empty(step, dtypes))
     dtype = reference_steps.compute_dtype(step.tensors)
     module = select(backend, Request("solver_step", step.point.device, dtype))
+    if step.seed is not None and module is not reference and not _in_order_of_shape(step):
+        step = dataclasses.replace(step, noise=_noise(step, dtype, backend), seed=None)
     found: Results = module.solver_step(
         **step.named,
         dtypes=dtypes,
@@ -129,6 +131,26 @@ def _run_step(
         layout = _dense.output_like(step.point, step.point.dtype, step.per_sample)
         found = [new if new is None else _dense.laid_out_like(new, layout) for new in found]
     return found
+
+
+def _in_order_of_shape(step: Step) -> bool:
+    """Whether the kernels, which count elements in memory, count them as their noise is defined."""
+    if step.point.is_contiguous():
+        return True
+    strides = _dense.dense_strides(step.point, step.per_sample)
+    return torch.empty_strided(step.point.shape, strides, device="meta").is_contiguous()
+
+
+def _noise(step: Step, dtype: torch.dtype, backend: str) -> Tensor:
+    """The noise of a step: a row that is noise alone, on a state that lies in memory by its shape,
+    of which nothing is read.
+    """
+    state = step.point.new_empty(step.point.shape, dtype=dtype)
+    row = [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    alone = Step(point=state, output=state, seed=step.seed, values=row)
+    noise = _fused(alone, Memory(), [dtype, None, None, None], backend)[0]
+    assert noise is not None
+    return noise
 
 
 def _empty(
@@ -227,7 +249,11 @@ def _composed(
         h = torch.clamp(h, step.low, step.high)
     noise = step.noise
     if step.seed is not None:
-        noise = draw_noise(step.point.detach(), step.seed, dtype, backend)
+        if under_transform():
+            drawn = on_reference(reference_steps.noise_like, backend, step.point, step.seed)
+            noise = drawn.to(dtype)
+        else:
+            noise = _noise(step, dtype, backend)
     entries = reference_steps.newest_first(step.history, step.head)[: K - 1]
     terms, columns = [step.point if step.base is None else step.base, h, *entries], [2]
     columns += range(3, 4 + len(entries))
@@ -242,14 +268,3 @@ def _composed(
         None if new is None or kept is None else new.to(kept)
         for new, kept in zip(results, dtypes, strict=True)
     ]
-
-
-def draw_noise(x: Tensor, seed: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """The noise that the fused step draws for a state x: a row that is noise alone."""
-    if under_transform():
-        return on_reference(reference_steps.noise_like, backend, x, seed).to(dtype)
-    row = [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
-    step = Step(point=x, output=x, seed=seed, values=row)
-    noise = _fused(step, Memory(), [dtype, None, None, None], backend)[0]
-    assert noise is not None
-    return noise

@@ -61,28 +61,40 @@ def digits(folder: Path, seed: int = 0) -> Features:
     """
     path = folder / "digit_classifier.safetensors"
     recipe = {"kind": "classifier", "recipe": classifier.RECIPE, "seed": str(seed)}
-    model = classifier.DigitClassifier()
-    metadata: dict[str, str] = {}
-    if path.exists():
-        try:
-            tensors, metadata = read_tensors(path)
-            assign(model, tensors, path)
-        except ModelFileError as error:
-            logger.warning("%s; it is trained again", error)
-    if {name: metadata.get(name) for name in recipe} != recipe:
+    stored = _stored_classifier(path, recipe) if path.exists() else None
+    if stored is None:
         data = images.digits()
         assert data.labels is not None
         model, accuracy = classifier.train(data.images, data.labels, seed)
-        metadata = {**recipe, "accuracy": f"{accuracy:.4f}", "version": __version__}
+        metadata = {**recipe, "accuracy": accuracy, "version": __version__}
         write_tensors(path, model.state_dict(), metadata)
-    accuracy = float(metadata["accuracy"])
+    else:
+        model, accuracy = stored
     if accuracy < ACCURACY:
         raise CommandError(
             f"the digit classifier is right on only {accuracy:.1%} of the held-out digits, and"
             f" {ACCURACY:.0%} are wanted; give another --classifier-seed"
         )
     name = f"penultimate layer of a digit classifier, {accuracy:.1%} right on held-out digits"
-    return Features(name, model.eval().features)
+    return Features(name, model.features)
+
+
+def _stored_classifier(
+    path: Path, recipe: dict[str, str]
+) -> tuple[classifier.DigitClassifier, float] | None:
+    """The classifier of a file, and its accuracy; None for one of another recipe, and with a
+    warning for a file that cannot be used.
+    """
+    model = classifier.DigitClassifier()
+    try:
+        tensors, metadata = read_tensors(path)
+        if {name: metadata.get(name) for name in recipe} != recipe:
+            return None
+        assign(model, tensors, path)
+        return model.eval(), float(metadata["accuracy"])
+    except (ModelFileError, KeyError, ValueError) as error:
+        logger.warning("%s; the digit classifier is trained again", error)
+        return None
 
 
 def torchscript(path: Path, device: torch.device) -> Features:

@@ -19,6 +19,7 @@ from dsno_kernels.sampling import files, generation  # noqa: E402
 from dsno_kernels.training import images  # noqa: E402
 from tests.helpers import assert_close  # noqa: E402
 from tests.small_models import LOGSNR, network, write_student, write_teacher  # noqa: E402
+from tests.test_capture import capture_on_the_host  # noqa: E402
 
 # Convolutions of other batch sizes add up in another order: float32 rounding.
 BATCHES = 1e-5
@@ -81,6 +82,15 @@ def test_other_times_keep_the_way_and_its_end() -> None:
     uneven = dk.models.logsnr_schedule(torch.tensor([0.8, 0.4, 0.1, 0.0]))
     assert_close(generation.resampled(uneven, 8, model)[1::2], uneven, 1e-5)
     assert dk.generate(model, 2, logsnr=LOGSNR, times=8, frames=True).shape == (2, 8, 1, 8, 8)
+
+
+@pytest.mark.parametrize("classes", [0, 3], ids=["unconditional", "conditional"])
+def test_one_graph_serves_all_batches(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(classes)
+    expected = dk.generate(model, 7, logsnr=LOGSNR)
+    capture_on_the_host(monkeypatch)
+    captured = dk.generate(model, 7, logsnr=LOGSNR, batch=3, cuda_graph=True)
+    assert_close(captured, expected, BATCHES)
 
 
 def test_autocast_is_close_and_float32() -> None:

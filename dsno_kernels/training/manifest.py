@@ -1,0 +1,156 @@
+"""The manifest of a folder of trajectories: what they are, so that a run goes on with the same."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsno_kernels.diffusion import SolverPlan
+
+NAME = "manifest.json"
+# What may differ between two runs of one data set.
+_FREE = ("version", "batch")
+# Grids are computed: another machine's logarithm may end in another bit.
+_SAME = 1e-9
+# exp(-40 / 2) is the noise of an image in float32; a manifest holds no infinity.
+_LARGEST_LOGSNR = 40.0
+
+
+class TrajectoryError(ValueError):
+    """Why trajectories cannot be written or read, in one sentence."""
+
+
+def make(
+    plan: SolverPlan,
+    positions: Sequence[int],
+    *,
+    count: int,
+    shape: Sequence[int],
+    shards: int,
+    seed: int,
+    batch: int,
+    classes: Sequence[int] | None,
+    guidance: float | None,
+    precision: str,
+    teacher: str,
+) -> dict[str, Any]:
+    """The manifest of a run of `write_trajectories`; see there."""
+    from dsno_kernels import __version__
+
+    grid = plan.grid.detach()
+    logsnr = _logsnr(plan, grid)
+    return {
+        "format": 1,
+        "version": __version__,
+        "count": count,
+        "shards": shards,
+        "shape": list(shape),
+        "positions": list(positions),
+        "times": grid[list(positions)].tolist(),
+        "logsnr": [logsnr[i] for i in positions],
+        "process": repr(plan.process),
+        "plan": {
+            "solver": plan.solver,
+            "history": plan.history,
+            "prediction": plan.prediction,
+            "grid": grid.tolist(),
+            "grid_logsnr": logsnr,
+            "model_times": plan.model_times.detach().tolist(),
+        },
+        "seed": seed,
+        "batch": batch,
+        "classes": None if classes is None else list(classes),
+        "guidance": guidance,
+        "precision": precision,
+        "teacher": teacher,
+    }
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file that appears complete or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        raise TrajectoryError(f"{path} cannot be written ({error.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _logsnr(plan: SolverPlan, grid: torch.Tensor) -> list[float]:
+    """log(alpha^2 / sigma^2): the models' log-SNR, twice that of the processes."""
+    values = 2.0 * plan.process.log_snr(grid)
+    return values.clamp(-_LARGEST_LOGSNR, _LARGEST_LOGSNR).tolist()
+
+
+def settle(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the folder: the one there if it is the same data set, else the new one.
+
+    Raises:
+        TrajectoryError: the one there is of another data set; names the first difference.
+    """
+    path = folder / NAME
+    if not path.exists():
+        replace(path, f"{json.dumps(wanted, indent=1, allow_nan=False)}\n".encode())
+    found = read(folder)
+    # What is read back is what would have been written.
+    for name, here, given in _differences(found, json.loads(json.dumps(wanted)), ""):
+        raise TrajectoryError(
+            f"{path} is of other trajectories: {name} is {here} there and {given} now; give"
+            " another folder, or the settings of before"
+        )
+    return found
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder.
+
+    Raises:
+        TrajectoryError: there is none, or it is damaged.
+    """
+    path = folder / NAME
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise TrajectoryError(f"{folder} holds no trajectories: it has no {NAME}") from None
+    except (ValueError, OSError) as error:
+        raise TrajectoryError(f"{path} cannot be read ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != 1:
+        raise TrajectoryError(f"{path} is no manifest that this version knows")
+    keys = ("count", "shards", "shape", "positions", "times", "logsnr", "classes")
+    if missing := [key for key in keys if key not in manifest]:
+        raise TrajectoryError(f"{path} is damaged: {missing[0]} is missing")
+    return manifest
+
+
+def _differences(found: Any, given: Any, name: str) -> Iterator[tuple[str, str, str]]:
+    """Name and values of what differs."""
+    if isinstance(found, dict) and isinstance(given, dict):
+        for key in {**given, **found}:
+            if name or key not in _FREE:
+                where = f"{name}.{key}" if name else key
+                yield from _differences(found.get(key), given.get(key), where)
+    elif isinstance(found, list) and isinstance(given, list) and len(found) == len(given):
+        for i, pair in enumerate(zip(found, given, strict=True)):
+            yield from _differences(*pair, f"{name}[{i}]")
+    elif isinstance(found, float) and isinstance(given, float):
+        if not math.isclose(found, given, rel_tol=_SAME, abs_tol=_SAME):
+            yield name, repr(found), repr(given)
+    elif found != given:
+        yield name, _short(found), _short(given)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 4:
+        return f"a list of {len(value)}"
+    return "absent" if value is None else repr(value)

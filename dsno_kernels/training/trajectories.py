@@ -1,0 +1,165 @@
+"""`train trajectories`: solve the teacher's ODE from many noises, and keep states on the way.
+
+The output folder holds ``manifest.json`` and one LMDB a shard (see `trajectory_files`). Each
+process of torchrun fills shards of its own and needs no other; a run that was stopped, however
+hard, goes on where it stood when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsno_kernels import diffusion, models
+from dsno_kernels.diffusion import SolverPlan, VPCosine, VPLinear
+from dsno_kernels.diffusion.grids import KINDS
+from dsno_kernels.training import distributed, images
+from dsno_kernels.training.errors import CommandError, prepare_folder
+from dsno_kernels.training.manifest import TrajectoryError
+from dsno_kernels.training.trajectory_data import TrajectoryDataset
+from dsno_kernels.training.trajectory_writer import FRAMES, write_trajectories
+
+__all__ = ["TrajectoryDataset", "TrajectoryError", "write_trajectories"]
+
+EXACT = "exact"
+# Where the log-SNR of alpha = cos(pi t / 2) is 20: the ends of DSNO's own schedule.
+_EDGE = math.atan(math.exp(-10.0)) * 2.0 / math.pi
+PROCESSES = {
+    "vp_cosine": VPCosine(),
+    "vp_linear": VPLinear(),
+    "dsno": VPCosine(s=0.0, t_min=_EDGE, t_max=1.0 - _EDGE),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def add(flag: str, text: str, **options: Any) -> None:
+        default = options.get("default")
+        parser.add_argument(
+            flag, help=text + ("; default: %(default)s" if default else ""), **options
+        )
+
+    add("--teacher", "a model file of `train teacher`, or exact: the images' own", required=True)
+    images.add_arguments(parser)
+    add("--out", "the folder", type=Path, default=Path("trajectories"), metavar="FOLDER")
+    add("--count", "trajectories", type=int, default=20_000, metavar="N")
+    add("--process", "noising process", choices=tuple(PROCESSES), default="vp_cosine")
+    add("--solver", "one of dk.diffusion.solvers()", default="tab3", metavar="NAME")
+    add("--steps", "of the solver", type=int, default=32, metavar="N")
+    add("--grid", "kind of time grid", choices=KINDS, default="uniform")
+    add("--grid-order", "order of the time grid", type=float, metavar="X")
+    add("--t-start", "first time; the process's by default", type=float, metavar="T")
+    add("--t-end", "last time; the process's by default", type=float, metavar="T")
+    add(
+        "--times",
+        f"places in the grid (1..steps) to keep; {FRAMES} evenly spaced ones by default",
+        type=int,
+        nargs="+",
+        metavar="I",
+    )
+    add("--conditional", "classes of the images, with --teacher exact", action="store_true")
+    add("--labels", "only these classes", type=int, nargs="+", metavar="Y")
+    add("--guidance", "scale of classifier-free guidance", type=float, metavar="X")
+    add("--batch", "trajectories at a time", type=int, default=512, metavar="N")
+    add("--seed", "of the noise", type=int, default=0)
+    add("--shards", "LMDB folders; one a process by default", type=int, metavar="N")
+    add("--precision", "of the teacher's network", choices=("fp32", "bf16"), default="fp32")
+    add("--device", "auto takes a GPU", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--verify", "read all again and compare with the checksums", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    device = distributed.choose_device(arguments.device)
+    prepare_folder(arguments.out)
+    process = PROCESSES[arguments.process]
+    try:
+        grid = diffusion.time_grid(
+            process,
+            arguments.steps,
+            arguments.grid,
+            order=arguments.grid_order,
+            t_start=arguments.t_start,
+            t_end=arguments.t_end,
+        )
+        plan = SolverPlan.build(process, grid, arguments.solver, prediction="x0")
+        teacher = _teacher(arguments, device)
+        write_trajectories(
+            arguments.out,
+            diffusion.for_process(teacher.denoiser, process),
+            plan,
+            count=arguments.count,
+            shape=teacher.shape,
+            positions=arguments.times,
+            classes=teacher.classes,
+            guidance=arguments.guidance,
+            seed=arguments.seed,
+            batch=arguments.batch,
+            shards=arguments.shards,
+            teacher=teacher.name,
+            device=device,
+            precision=arguments.precision,
+            progress=True,
+        )
+        if arguments.verify:
+            TrajectoryDataset(arguments.out).verify()
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+class _Teacher(NamedTuple):
+    """A denoiser, the shape of its images, its classes or None, and what tells it from another."""
+
+    denoiser: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    classes: list[int] | None
+    name: str
+
+
+def _teacher(arguments: argparse.Namespace, device: torch.device) -> _Teacher:
+    if arguments.teacher == EXACT:
+        data = images.load(arguments.data, arguments.size, arguments.classes)
+        conditional = arguments.conditional or arguments.labels is not None
+        if conditional and data.labels is None:
+            raise CommandError(f"--data {arguments.data} has no classes; leave out --conditional")
+        labels = data.labels if conditional else None
+        known = [] if labels is None else labels.unique().tolist()
+        exact = diffusion.ExactDenoiser(data.images, labels).to(device)
+        shape = tuple(data.images.shape[1:])
+        return _Teacher(exact, shape, _chosen(arguments, known), f"exact {data.fingerprint()}")
+    path = Path(arguments.teacher)
+    model = models.load(path, device, kind="edm_denoiser")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    config = model.network.config
+    shape = (config.image_channels, config.image_size, config.image_size)
+    classes = _chosen(arguments, list(range(config.num_classes)))
+    denoiser = _with_classes(model, config.num_classes)
+    return _Teacher(denoiser, shape, classes, f"edm_denoiser {digest}")
+
+
+def _chosen(arguments: argparse.Namespace, known: list[int]) -> list[int] | None:
+    """The classes of the trajectories."""
+    if arguments.labels is None:
+        return known or None
+    for label in arguments.labels:
+        if label not in known:
+            raise CommandError(f"--labels {label}: the teacher knows {known or 'no classes'}")
+    return list(arguments.labels)
+
+
+def _with_classes(model: Callable[..., Tensor], count: int) -> Callable[..., Tensor]:
+    """The model with y = -1 for no class."""
+
+    def denoiser(x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Tensor:
+        if y is None:
+            return model(x, sigma)
+        weights = F.one_hot(y + 1, count + 1)[:, 1:]
+        return model(x, sigma, weights.to(x.dtype))
+
+    return denoiser

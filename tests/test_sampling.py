@@ -146,6 +146,17 @@ def test_a_file_knows_its_times(tmp_path: Path) -> None:
     with pytest.raises(dk.models.ModelFileError, match="pass logsnr"):
         dk.generate(path, 3)
     assert dk.generate(str(path), 3, logsnr=LOGSNR).shape == (3, 1, 8, 8)
+    dk.models.save(network(), path, logsnr="[1, none]")
+    with pytest.raises(dk.models.ModelFileError, match=r"list of numbers, got \[1, none\]"):
+        dk.generate(path, 3)
+
+
+def test_times_up_to_clean_data() -> None:
+    """Log-SNR may be infinite: the network clamps it."""
+    clean = torch.cat([LOGSNR[:-1], torch.tensor([torch.inf])])
+    expected = dk.generate(network(), 3, logsnr=LOGSNR)
+    assert_close(dk.generate(network(), 3, logsnr=clean), expected, BATCHES)
+    assert_close(dk.generate(network(), 3, logsnr=clean, times=4), expected, BATCHES)
 
 
 def test_npz_and_folder_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

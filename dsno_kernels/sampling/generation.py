@@ -138,9 +138,7 @@ def class_labels(
         if labels is not None:
             raise ValueError("labels were given, but the model has no classes")
         return None
-    if labels is None:
-        labels = range(classes)
-    given = torch.as_tensor([labels] if isinstance(labels, int) else labels)
+    given = torch.atleast_1d(torch.as_tensor(range(classes) if labels is None else labels))
     if given.ndim != 1 or len(given) == 0 or given.is_floating_point():
         raise ValueError(f"labels must be one integer, or integers in a row, got {labels!r}")
     if int(given.min()) < 0 or int(given.max()) >= classes:
@@ -184,15 +182,15 @@ def read_logsnr(path: str | Path) -> Tensor:
     """The log-SNRs that a model file was trained on, float32 ``(T,)``.
 
     Raises:
-        ModelFileError: the file has none.
+        ModelFileError: the file has none, or something else.
     """
+    text = read_metadata(path).get("logsnr")
+    if text is None:
+        raise ModelFileError(f"{path} does not say at which times it was trained; pass logsnr")
     try:
-        values = torch.tensor(json.loads(read_metadata(path)["logsnr"]), dtype=torch.float32)
-        if values.ndim != 1 or len(values) == 0 or not bool(values.isfinite().all()):
-            raise ValueError(f"logsnr is {values.tolist()}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelFileError(
-            f"{path} does not say at which times it was trained (its metadata 'logsnr': {error});"
-            " pass logsnr"
-        ) from None
+        values = torch.tensor(json.loads(text), dtype=torch.float32)
+    except (TypeError, ValueError):
+        values = torch.empty(0)
+    if values.ndim != 1 or len(values) == 0 or bool(values.isnan().any()):
+        raise ModelFileError(f"{path}: its times, logsnr, must be a list of numbers, got {text}")
     return values

@@ -23,16 +23,24 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tile(ptr, c, p, size, P, stride_c, stride_p):
+def offsets_of(c, p, stride_c, stride_p, WIDE: tl.constexpr):
+    """Offsets from the first element of a group; in 32 bits they take half the registers."""
+    if WIDE:
+        c, p = c.to(tl.int64), p.to(tl.int64)
+    return c[:, None] * stride_c + p[None, :] * stride_p
+
+
+@triton.jit
+def load_tile(ptr, c, p, size, P, stride_c, stride_p, WIDE: tl.constexpr):
     """The channels c and pixels p of a group, as float32 with zeros outside, and what is inside."""
     mask = (c < size)[:, None] & (p < P)[None, :]
-    offsets = c.to(tl.int64)[:, None] * stride_c + p.to(tl.int64)[None, :] * stride_p
+    offsets = offsets_of(c, p, stride_c, stride_p, WIDE)
     return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32), mask
 
 
 @triton.jit
-def store_tile(ptr, value, c, p, mask, stride_c, stride_p):
-    offsets = c.to(tl.int64)[:, None] * stride_c + p.to(tl.int64)[None, :] * stride_p
+def store_tile(ptr, value, c, p, mask, stride_c, stride_p, WIDE: tl.constexpr):
+    offsets = offsets_of(c, p, stride_c, stride_p, WIDE)
     tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -84,7 +92,8 @@ def group_norm_silu_kernel(
     stride_xb, stride_xt, stride_xc, stride_xp,
     stride_yb, stride_yt, stride_yc, stride_yp,
     stride_sb, stride_st, stride_sc, stride_hb, stride_ht, stride_hc,
-    SILU: tl.constexpr, WHOLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    SILU: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """y, mean and rstd of one group of one sample."""
     pid = tl.program_id(0).to(tl.int64)
@@ -99,7 +108,7 @@ def group_norm_silu_kernel(
         shift_ptr += b * stride_hb + t * stride_ht
     if WHOLE:
         c, p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
-        x, mask = load_tile(x_ptr, c, p, size, P, stride_xc, stride_xp)
+        x, mask = load_tile(x_ptr, c, p, size, P, stride_xc, stride_xp, WIDE)
         count = 1.0 * size * P  # in float32: a group may have more than 2^31 elements
         mean = tl.sum(x) / count
         centered = tl.where(mask, x - mean, 0.0)
@@ -108,13 +117,13 @@ def group_norm_silu_kernel(
             weight_ptr, bias_ptr, scale_ptr, shift_ptr, c, first, size, stride_sc, stride_hc
         )
         y = activated(centered * rstd, a, d, SILU)
-        store_tile(y_ptr, y, c, p, mask, stride_yc, stride_yp)
+        store_tile(y_ptr, y, c, p, mask, stride_yc, stride_yp, WIDE)
     else:
         count, mean, squares = 0.0, 0.0, 0.0
         for c0 in range(0, size, BLOCK_C):
             for p0 in range(0, P, BLOCK_P):
                 c, p = c0 + tl.arange(0, BLOCK_C), p0 + tl.arange(0, BLOCK_P)
-                x, mask = load_tile(x_ptr, c, p, size, P, stride_xc, stride_xp)
+                x, mask = load_tile(x_ptr, c, p, size, P, stride_xc, stride_xp, WIDE)
                 inside = (tl.minimum(BLOCK_C, size - c0) * tl.minimum(BLOCK_P, P - p0)) * 1.0
                 tile_mean = tl.sum(x) / inside
                 centered = tl.where(mask, x - tile_mean, 0.0)
@@ -131,9 +140,9 @@ def group_norm_silu_kernel(
             )
             for p0 in range(0, P, BLOCK_P):
                 p = p0 + tl.arange(0, BLOCK_P)
-                x, mask = load_tile(x_ptr, c, p, size, P, stride_xc, stride_xp)
+                x, mask = load_tile(x_ptr, c, p, size, P, stride_xc, stride_xp, WIDE)
                 y = activated((x - mean) * rstd, a, d, SILU)
-                store_tile(y_ptr, y, c, p, mask, stride_yc, stride_yp)
+                store_tile(y_ptr, y, c, p, mask, stride_yc, stride_yp, WIDE)
     tl.store(mean_ptr + pid, mean)
     tl.store(rstd_ptr + pid, rstd)
 
@@ -146,7 +155,8 @@ def group_norm_silu_backward_kernel(
     stride_xb, stride_xt, stride_xc, stride_xp,
     stride_yb, stride_yt, stride_yc, stride_yp,
     stride_sb, stride_st, stride_sc, stride_hb, stride_ht, stride_hc,
-    SILU: tl.constexpr, WHOLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    SILU: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dx of one group of one sample, and S1, S2 of its channels into `sums [2, samples, C]`."""
     pid = tl.program_id(0).to(tl.int64)
@@ -158,7 +168,7 @@ def group_norm_silu_backward_kernel(
     x_ptr += b * stride_xb + t * stride_xt + first * stride_xc
     grad_x_ptr += b * stride_yb + t * stride_yt + first * stride_yc
     sums_ptr += sample * C + first
-    second_ptr = sums_ptr + samples.to(tl.int64) * C
+    second_ptr = sums_ptr + tl.cast(samples, tl.int64) * C
     if scale_ptr is not None:
         scale_ptr += b * stride_sb + t * stride_st
     if shift_ptr is not None:
@@ -170,8 +180,8 @@ def group_norm_silu_backward_kernel(
         a, d = modulation(
             weight_ptr, bias_ptr, scale_ptr, shift_ptr, c, first, size, stride_sc, stride_hc
         )
-        x, mask = load_tile(x_ptr, c, p, size, P, stride_xc, stride_xp)
-        grad, _ = load_tile(grad_ptr, c, p, size, P, stride_gc, stride_gp)
+        x, mask = load_tile(x_ptr, c, p, size, P, stride_xc, stride_xp, WIDE)
+        grad, _ = load_tile(grad_ptr, c, p, size, P, stride_gc, stride_gp, WIDE)
         xhat = (x - mean) * rstd
         h = before_activation(grad, xhat, a, d, SILU)
         sum_h, sum_h_xhat = tl.sum(h, 1), tl.sum(h * xhat, 1)
@@ -179,7 +189,7 @@ def group_norm_silu_backward_kernel(
         tl.store(second_ptr + c.to(tl.int64), sum_h_xhat, mask=c < size)
         mean_h, mean_h_xhat = tl.sum(a * sum_h) / count, tl.sum(a * sum_h_xhat) / count
         grad_x = rstd * (a[:, None] * h - mean_h - xhat * mean_h_xhat)
-        store_tile(grad_x_ptr, grad_x, c, p, mask, stride_yc, stride_yp)
+        store_tile(grad_x_ptr, grad_x, c, p, mask, stride_yc, stride_yp, WIDE)
     else:
         mean_h, mean_h_xhat = 0.0, 0.0
         for c0 in range(0, size, BLOCK_C):
@@ -192,8 +202,8 @@ def group_norm_silu_backward_kernel(
             tile_h_xhat = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
             for p0 in range(0, P, BLOCK_P):
                 p = p0 + tl.arange(0, BLOCK_P)
-                x, _ = load_tile(x_ptr, c, p, size, P, stride_xc, stride_xp)
-                grad, _ = load_tile(grad_ptr, c, p, size, P, stride_gc, stride_gp)
+                x, _ = load_tile(x_ptr, c, p, size, P, stride_xc, stride_xp, WIDE)
+                grad, _ = load_tile(grad_ptr, c, p, size, P, stride_gc, stride_gp, WIDE)
                 xhat = (x - mean) * rstd
                 h = before_activation(grad, xhat, a, d, SILU)
                 tile_h += h
@@ -210,12 +220,12 @@ def group_norm_silu_backward_kernel(
             )
             for p0 in range(0, P, BLOCK_P):
                 p = p0 + tl.arange(0, BLOCK_P)
-                x, mask = load_tile(x_ptr, c, p, size, P, stride_xc, stride_xp)
-                grad, _ = load_tile(grad_ptr, c, p, size, P, stride_gc, stride_gp)
+                x, mask = load_tile(x_ptr, c, p, size, P, stride_xc, stride_xp, WIDE)
+                grad, _ = load_tile(grad_ptr, c, p, size, P, stride_gc, stride_gp, WIDE)
                 xhat = (x - mean) * rstd
                 h = before_activation(grad, xhat, a, d, SILU)
                 grad_x = rstd * (a[:, None] * h - mean_h - xhat * mean_h_xhat)
-                store_tile(grad_x_ptr, grad_x, c, p, mask, stride_yc, stride_yp)
+                store_tile(grad_x_ptr, grad_x, c, p, mask, stride_yc, stride_yp, WIDE)
 
 
 @triton.jit
@@ -235,7 +245,9 @@ def group_norm_silu_parameters_kernel(
         mask = (n < samples)[:, None] & (c < C)[None, :]
         place = n[:, None] * C + c[None, :]
         sum_h = tl.load(sums_ptr + place, mask=mask, other=0.0)
-        sum_h_xhat = tl.load(sums_ptr + samples.to(tl.int64) * C + place, mask=mask, other=0.0)
+        sum_h_xhat = tl.load(
+            sums_ptr + tl.cast(samples, tl.int64) * C + place, mask=mask, other=0.0
+        )
         if grad_shift_ptr is not None:
             tl.store(grad_shift_ptr + place, sum_h.to(grad_shift_ptr.dtype.element_ty), mask=mask)
         if scale_ptr is not None:

@@ -33,6 +33,14 @@ COMMANDS = {
         "1. a denoiser of real images",
         "dsno_kernels.training.teacher",
     ),
+    "train trajectories": (
+        "2. from noise to image, step by step, by a teacher",
+        "dsno_kernels.training.trajectories",
+    ),
+    "train dsno": (
+        "3. the sampler, which learns the trajectories",
+        "dsno_kernels.training.student",
+    ),
     "sample": (
         "images from noise, one forward pass each",
         "dsno_kernels.sampling.command",

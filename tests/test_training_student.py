@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -40,14 +41,24 @@ def drawn(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def made_up(N: int = 6, T: int = 4, labels: bool = False) -> Source:
-    generator = torch.Generator().manual_seed(1)
-    return Source(
-        logsnr=logsnr_schedule(torch.linspace(0.9, 0.0, T)),
-        noise=torch.randn(N, 1, 8, 8, generator=generator),
-        states=torch.randn(N, T, 1, 8, 8, generator=generator),
-        labels=torch.arange(N) if labels else None,
-    )
+class MadeUp:
+    """Random frames in the place of a `TrajectoryDataset`."""
+
+    def __init__(self, N: int, T: int, labels: bool) -> None:
+        self.frames = torch.randn(N, 1 + T, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        self.labels = torch.arange(N) if labels else None
+        self.shape, self.checksum = tuple(self.frames.shape[1:]), "00"
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.frames[index], None if self.labels is None else self.labels[index]
+
+
+def made_up(N: int = 6, T: int = 4, labels: bool = False, **options: Any) -> Source:
+    logsnr = logsnr_schedule(torch.linspace(0.9, 0.0, T))
+    return Source(MadeUp(N, T, labels), logsnr, torch.device("cpu"), **options)
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "eager"])
@@ -62,9 +73,9 @@ def test_the_student_begins_as_the_teacher(kernels: bool) -> None:
     assert all(torch.equal(student.state_dict()[key], before[key]) for key in left)
     plain = DSNO(TEACHER, kernels=kernels).eval()
     assert initialize_from_teacher(plain, student)[1] == []  # passes over temporal layers
-    source = made_up()
-    made = plain(source.noise, source.logsnr)
-    assert_close(made, teacher.eval()(source.noise, source.logsnr), 1e-5)
+    noise, _, _ = made_up().batch(torch.arange(3))
+    logsnr = made_up().logsnr
+    assert_close(plain(noise, logsnr), teacher.eval()(noise, logsnr), 1e-5)
 
 
 def test_other_shapes_and_kinds_of_weights_are_left() -> None:
@@ -116,8 +127,9 @@ def test_the_loss_weighs_the_mean_difference_of_each_time(
     expected = 0.0
     for i in range(4):
         for n in index.tolist():
-            made = source.noise[n].double() + i + (n if labels else 0)
-            each = (made - source.states[n, i]).abs() ** power
+            noise, *states = source.dataset.frames[n].double()
+            made = noise + i + (n if labels else 0)
+            each = (made - states[i]).abs() ** power
             expected += float(weights[i] / weights.sum() * each.mean() / 3)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
@@ -151,6 +163,16 @@ def test_lpips_is_that_of_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CommandError, match="images of at least 16x16 pixels, these are 8x8"):
         trajectory_loss.distance("lpips", 8, torch.device("cpu"))
     perceptual = trajectory_loss.distance("lpips", 32, torch.device("cpu"))
-    source = made_up()
-    made = Shifted()(source.noise, source.logsnr, None)
-    assert_close(perceptual(made, source.states), trajectory_loss.l2(made, source.states), 1e-6)
+    noise, states, _ = made_up().batch(torch.arange(6))
+    made = Shifted()(noise, made_up().logsnr, None)
+    assert_close(perceptual(made, states), trajectory_loss.l2(made, states), 1e-6)
+
+
+@pytest.mark.parametrize("labels", [False, True], ids=["plain", "labels"])
+def test_held_and_read_batches_are_the_same(labels: bool) -> None:
+    index = torch.tensor([5, 0, 5, 2])
+    held, read = (made_up(labels=labels, held=held) for held in (1 << 20, 0))
+    assert held._held is not None and read._held is None
+    for ours, other in zip(held.batch(index), read.batch(index), strict=True):
+        assert (ours is None and other is None) or torch.equal(ours, other)  # type: ignore[arg-type]
+    assert held.classes == read.classes == (6 if labels else 0)

@@ -1,39 +1,116 @@
-"""Batches of trajectories on the device of a training: held there whole, or read as they are asked
-for.
-"""
+"""Batches of trajectories on the device of a training."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-IN_MEMORY = 2 << 30  # bytes of float32 states that are kept on the device
+from dsno_kernels.training.errors import CommandError
+from dsno_kernels.training.trajectory_data import TrajectoryDataset
+
+HELD = 2 << 30  # bytes of trajectories that are kept on the device
+CHUNK = 1024  # samples that are read at once to be kept
 
 
-@dataclass(frozen=True)
 class Source:
-    """Noises, the teacher's states and labels.
+    """Noises, the teacher's states and labels, on a device.
+
+    A small data set is held there whole. A large one is read batch by batch: on a GPU that happens
+    while the device computes the updates before, because no update waits for its loss.
 
     Args:
-        logsnr: of the states, ``(T,)``, on the device.
-        noise: ``(N, C, H, W)`` on the device; None where the data is read batch by batch.
-        states: ``(N, T, C, H, W)``, likewise.
-        labels: ``(N,)`` on the device, or None.
+        dataset: a `TrajectoryDataset`, or what has its ``batch``, ``len``, ``shape``, ``labels``
+            and ``checksum``; frame 0 is the noise.
+        logsnr: of the states, frames 1.., ``(F - 1,)``.
+        device: of the training.
+        held: bytes up to which it is held whole.
+
+    Attributes:
+        logsnr: float32 ``(T,)`` on the device, with T = F - 1.
+        image_shape: ``(C, H, W)``.
+        classes: one more than the largest label; 0 without labels.
+        checksum: of the data set, where it has one.
     """
 
-    logsnr: Tensor
-    noise: Tensor
-    states: Tensor
-    labels: Tensor | None = None
+    def __init__(
+        self, dataset: Any, logsnr: Tensor, device: torch.device, held: int = HELD
+    ) -> None:
+        self.dataset, self.device = dataset, device
+        self.logsnr = logsnr.to(device, torch.float32)
+        self.image_shape: tuple[int, int, int] = tuple(dataset.shape[1:])
+        self.checksum: str | None = dataset.checksum
+        self.classes = 0 if dataset.labels is None else int(dataset.labels.max()) + 1
+        numbers = len(dataset) * math.prod(dataset.shape)
+        self._held = self._whole() if 4 * numbers <= held else None
 
     def __len__(self) -> int:
-        return len(self.noise)
+        return len(self.dataset)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Noises ``(B, C, H, W)``, states ``(B, T, C, H, W)`` and labels ``(B,)`` or None of the
         samples `index`, ``(B,)`` on the CPU.
         """
-        place = index.to(self.noise.device, non_blocking=True)
-        labels = None if self.labels is None else self.labels[place]
-        return self.noise[place], self.states[place], labels
+        if self._held is None:
+            return self._read(index)
+        place = index.to(self.device)
+        noise, states, labels = self._held
+        return noise[place], states[place], None if labels is None else labels[place]
+
+    def _whole(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        N, (F, *image) = len(self), self.dataset.shape
+        noise = torch.empty(N, *image, device=self.device)
+        states = torch.empty(N, F - 1, *image, device=self.device)
+        for index in torch.arange(N).split(CHUNK):
+            noise[index], states[index], _ = self._read(index)
+        labels = self.dataset.labels
+        return noise, states, None if labels is None else labels.to(self.device)
+
+    def _read(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        frames, labels = self.dataset.batch(index)
+        if self.device.type == "cuda":  # a copy from pinned memory does not hold up the host
+            frames = frames.pin_memory().to(self.device, non_blocking=True)
+            labels = None if labels is None else labels.to(self.device, non_blocking=True)
+        return frames[:, 0].contiguous(), frames[:, 1:].contiguous(), labels
+
+
+def open_source(
+    path: Path,
+    device: torch.device,
+    *,
+    t_idx: Sequence[int] | None = None,
+    shape: Sequence[int] | None = None,
+    logsnr: Sequence[float] | None = None,
+) -> Source:
+    """The trajectories of a folder.
+
+    Args:
+        path: as `TrajectoryDataset` takes it.
+        device: of the training.
+        t_idx: which states, by place among the frames stored, where 0 is the noise; None takes all.
+        shape: ``(C, F, H, W)`` of an LMDB of the official project, which does not say.
+        logsnr: of the states to learn, for such a one.
+
+    Raises:
+        CommandError: no trajectories there, damaged ones, or arguments that do not fit them.
+    """
+    states = None if t_idx is None else [i for i in t_idx if i != 0]
+    if states is not None and (not states or states != sorted(set(states))):
+        raise CommandError(f"--t-idx must be increasing places of states, got {list(t_idx or ())}")
+    try:
+        dataset = TrajectoryDataset(path, None if states is None else [0, *states], shape)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    T = dataset.shape[0] - 1
+    if len(dataset) == 0 or T == 0:
+        raise CommandError(f"{path} holds {len(dataset)} trajectories of {T} states: none to learn")
+    own = None if dataset.logsnr is None else dataset.logsnr[1:]
+    values = own if logsnr is None else torch.tensor(logsnr, dtype=torch.float64)
+    if values is None or len(values) != T:
+        given = "none" if values is None else str(len(values))
+        raise CommandError(f"--logsnr needs a number for each of the {T} states, got {given}")
+    return Source(dataset, values, device)

@@ -24,12 +24,20 @@ from torch import Tensor
 
 import dsno_kernels as dk
 from benchmarks import measure
+from benchmarks.host_cuda import dry_run, on_gpu
+from dsno_kernels.diffusion import CapturedSampler, SolverPlan, VPLinear, time_grid
 from tests.helpers import BUDGETS, rel_rms
+from tests.test_capture import capture_on_the_host
 
 SHAPES = ((64, 3, 32, 32), (16, 4, 64, 64), (8, 3, 256, 256))
 TINY = (256,)
 SMOKE = (2, 3, 4, 4)
 MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # of glibc, read when it starts
+GIB = 1 << (12 if dry_run() else 28)  # float32 numbers of a tensor of 1 GiB
+LATENT, STEPS = SHAPES[1], 20  # of a loop as pipelines run it
+LOOP_PEER = "diffusers DEIS-3"
+# Rounding of a step in 20 steps, which a trajectory grows by less than 100 (test_gpu_sample.py).
+LOOP_BUDGET = 1e-4
 CALLS = 200  # in a round, where the host time is measured
 ROW = (1.02, -0.9, 0.6, -0.2)  # a, c_0, c_1, c_2
 GUIDANCE = 7.5
@@ -174,3 +182,85 @@ def test_exp_step_overhead(
             timing[key] /= CALLS
         timing["calls_per_round"] = CALLS
         benchmark.extra_info.update(op="exp_step_overhead", peer=peer, guided=guided, **timing)
+
+
+def test_exp_step_of_one_gib(benchmark: Any, device: torch.device, smoke: bool) -> None:
+    """Tensors of 1 GiB, in turns with a copy of one: the share of the rate of that copy."""
+    if not on_gpu(device):
+        pytest.skip("tensors of 1 GiB are for a GPU")
+    benchmark.group = "exp_step of 1 GiB"
+    x, *history = torch.randn(4, GIB, device=device).unbind(0)
+    target = torch.empty_like(x)
+
+    def call() -> Tensor:
+        return dk.exp_step(x, history, ROW)
+
+    y, error = call(), 0.0
+    for part in (slice(1 << 20), slice(-(1 << 20), None)):  # float64 of all would not fit
+        m, h1, h2 = (term[part].double() for term in history)
+        exact = eager(x[part].double(), m, m, h1, h2, guided=False)
+        error = max(error, measure.relative_error(y[part], exact))
+    assert error <= BUDGETS["fp32"], f"relative RMS error {error:.3g}"
+    del y
+    if smoke:
+        benchmark.pedantic(call)
+        return
+    timing = measure.time_beside(benchmark, call, lambda: target.copy_(x), device)
+    moved, copied = (count * x.nbytes for count in (5, 2))  # x, three of history and x'; one copy
+    benchmark.extra_info.update(
+        op="exp_step_copy",
+        shape=list(x.shape),
+        peer="copy",
+        errors={"y": error},
+        gbytes=moved / timing["seconds"] / 1e9,
+        share_of_copy=moved / copied * timing["ratio"],
+        **timing,
+    )
+
+
+def test_captured_loop(
+    benchmark: Any, device: torch.device, smoke: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of 20 steps whose model costs nothing, host included: one CUDA graph, replayed for each
+    step, in turns with diffusers' loop of the same order.
+    """
+    if not on_gpu(device):
+        pytest.skip("a CUDA graph needs a GPU")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    benchmark.group = "exp_step loop"
+    shape = SMOKE if dry_run() else LATENT
+    x, output = torch.randn(2, *shape, device=device).unbind(0)
+    process = VPLinear()
+    plan = SolverPlan.build(process, time_grid(process, STEPS), "tab3")
+    with monkeypatch.context() as patch:
+        if dry_run():
+            capture_on_the_host(patch)
+        sampler = CapturedSampler(lambda x, t: output, x, plan)
+        exact = plan.replay(lambda x, t: output.double(), x.double())
+        error = rel_rms(sampler(x), exact)
+        assert error <= LOOP_BUDGET, f"relative RMS error {error:.3g}"
+    scheduler = getattr(diffusers, SCHEDULERS[LOOP_PEER])(solver_order=3)
+
+    def baseline() -> None:
+        scheduler.set_timesteps(STEPS)
+        state = x
+        for t in scheduler.timesteps:
+            state = scheduler.step(output, t, state, return_dict=False)[0]
+
+    def call() -> Tensor:
+        return sampler(x)
+
+    if smoke:
+        benchmark.pedantic(call)
+        return
+    run, run_baseline = (measure.repeat(f, 1, device) for f in (call, baseline))
+    timing = measure.time_beside(benchmark, run, run_baseline, device)
+    benchmark.extra_info.update(
+        op="exp_step_loop",
+        shape=list(shape),
+        peer=LOOP_PEER,
+        steps=STEPS,
+        errors={"x": error},
+        diffusers_ratio=timing["ratio"],
+        **timing,
+    )

@@ -3,8 +3,9 @@
 A round times one call of the baseline, then one of the candidate. Before each, a buffer of three
 times the L2 cache is read, so that no operand is found there; reading, unlike writing, leaves no
 modified lines whose way to memory the call would pay for. The buffer is read as often as the host
-needs to enqueue the call: inside the timed region the device never waits for the host. What the
-host takes is a number of its own.
+needs to enqueue the call, for some 2 ms at most: inside the timed region of a shorter call the
+device never waits for the host. What the host takes is a number of its own, and where it is more
+than the device's, the entry says that it is host-bound.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ def time_beside(call: Thunk, baseline: Thunk, device: torch.device) -> dict[str,
 
     Returns:
         `seconds` with its quartiles, `baseline_seconds`, `ratio` = baseline / call with its
-        quartiles over the rounds, and the host's time for each as `host_seconds` and
-        `baseline_host_seconds`.
+        quartiles over the rounds, the host's time for each as `host_seconds` and
+        `baseline_host_seconds`, and whether calls in a row wait for the host: `host_bound` and
+        `baseline_host_bound`.
     """
     for _ in range(WARM_UP):
         baseline()
@@ -118,6 +120,8 @@ def time_beside(call: Thunk, baseline: Thunk, device: torch.device) -> dict[str,
         "ratio_q3": ratios[2],
         "host_seconds": hosts[1],
         "baseline_host_seconds": hosts[0],
+        "host_bound": hosts[1] > statistics.median(after),
+        "baseline_host_bound": hosts[0] > statistics.median(before),
         "rounds": rounds,
         "calls_per_round": 1,
     }

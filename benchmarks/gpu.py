@@ -80,7 +80,7 @@ BENCHMARKS = {
     "bench_spectral_conv": Benchmarks(480, 0.5, 105, "compile and real"),
     "bench_overhead": Benchmarks(10, 3, 15),
     "bench_model": Benchmarks(43, 2.5, 45),
-    "bench_exp_step": Benchmarks(40, 1.3, 20, LARGE_OR_AGAIN),
+    "bench_exp_step": Benchmarks(42, 1.3, 20, LARGE_OR_AGAIN),
     "bench_schedulers": Benchmarks(36, 1.2, 20, LARGE_OR_AGAIN, ("pytest", "torch", "diffusers")),
 }
 

@@ -11,7 +11,9 @@ LONG = ("t16_32_c256_k8", "t64_32_c256_k16")
 # What a number of an entry is called in the report, and whether more of it is better.
 METRICS = {
     "share_of_limit": ("share of the limit", True),
+    "share_of_copy": ("share of the rate of a copy", True),
     "ratio": ("speed-up over eager", True),
+    "diffusers_ratio": ("speed-up over diffusers", True),
     "peak_ratio": ("peak memory / eager", False),
     "error_ratio": ("error / eager's", False),
     "seconds": ("time", False),
@@ -77,16 +79,25 @@ TARGETS = (
         "ratio",
         2,
     ),
+    Target(
+        "`exp_step` of order 3, tensors of 1 GiB", {"op": "exp_step_copy"}, "share_of_copy", 0.9
+    ),
+    Target(
+        "20 captured steps of order 3, 16 x 4 x 64 x 64",
+        {"op": "exp_step_loop"},
+        "diffusers_ratio",
+        15,
+    ),
 )
 
 
 def text(metric: str, value: float) -> str:
     """A number in the unit of its metric."""
-    if metric == "share_of_limit":
+    if metric.startswith("share"):
         return f"{value:.0%}"
     if metric == "seconds":
         return f"{value * 1e3:.2f} ms"
-    return f"{value:.3g}" + "x" * (metric == "ratio")
+    return f"{value:.3g}" + "x" * (metric in ("ratio", "diffusers_ratio"))
 
 
 def speedups(shape: str) -> dict[tuple[str, str], float]:

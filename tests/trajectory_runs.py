@@ -5,6 +5,8 @@ python -m tests.trajectory_runs FOLDER [hang | kill]
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +37,14 @@ def write(folder: Path, model: Callable[..., Tensor] = denoiser, **changed: Any)
     write_trajectories(folder, model, **options)
 
 
+def everything(folder: Path) -> tuple[Tensor, Tensor | None]:
+    """All frames and labels of a complete and undamaged folder."""
+    from dsno_kernels.training.trajectories import TrajectoryDataset
+
+    data = TrajectoryDataset(folder, verify=True)
+    return data.batch(range(len(data)))
+
+
 def hanging(x: Tensor, t: Tensor) -> Tensor:
     """Stops for ever in the third batch; by then the first is written."""
     hanging.calls = getattr(hanging, "calls", 0) + 1  # type: ignore[attr-defined]
@@ -51,9 +61,6 @@ class Killing:
         self.values = values
 
     def __iter__(self) -> Iterator[Any]:
-        import os
-        import signal
-
         for i, value in enumerate(self.values):
             if i == 2:
                 os.kill(os.getpid(), signal.SIGKILL)

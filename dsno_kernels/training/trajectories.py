@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsno_kernels import diffusion, models
 from dsno_kernels.diffusion import SolverPlan, VPCosine, VPLinear
-from dsno_kernels.diffusion.grids import KINDS
 from dsno_kernels.training import distributed, images
 from dsno_kernels.training.errors import CommandError, prepare_folder
 from dsno_kernels.training.manifest import TrajectoryError
 from dsno_kernels.training.trajectory_data import TrajectoryDataset
-from dsno_kernels.training.trajectory_writer import FRAMES, write_trajectories
+from dsno_kernels.training.trajectory_writer import FRAMES, verify, write_trajectories
 
 __all__ = ["TrajectoryDataset", "TrajectoryError", "write_trajectories"]
 
@@ -53,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--process", "noising process", choices=tuple(PROCESSES), default="vp_cosine")
     add("--solver", "one of dk.diffusion.solvers()", default="tab3", metavar="NAME")
     add("--steps", "of the solver", type=int, default=32, metavar="N")
-    add("--grid", "kind of time grid", choices=KINDS, default="uniform")
+    add(
+        "--grid",
+        "kind of time grid, as of dk.diffusion.time_grid",
+        default="uniform",
+        metavar="KIND",
+    )
     add("--grid-order", "order of the time grid", type=float, metavar="X")
     add("--t-start", "first time; the process's by default", type=float, metavar="T")
     add("--t-end", "last time; the process's by default", type=float, metavar="T")
@@ -66,7 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--conditional", "classes of the images, with --teacher exact", action="store_true")
     add("--labels", "only these classes", type=int, nargs="+", metavar="Y")
-    add("--guidance", "scale of classifier-free guidance", type=float, metavar="X")
+    add(
+        "--guidance",
+        "scale of classifier-free guidance, with --teacher exact",
+        type=float,
+        metavar="X",
+    )
     add("--batch", "trajectories at a time", type=int, default=512, metavar="N")
     add("--seed", "of the noise", type=int, default=0)
     add("--shards", "LMDB folders; one a process by default", type=int, metavar="N")
@@ -108,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
             progress=True,
         )
         if arguments.verify:
-            TrajectoryDataset(arguments.out).verify()
+            verify(arguments.out)
     except ValueError as error:
         raise CommandError(str(error)) from None
 
@@ -139,8 +147,9 @@ def _teacher(arguments: argparse.Namespace, device: torch.device) -> _Teacher:
     config = model.network.config
     shape = (config.image_channels, config.image_size, config.image_size)
     classes = _chosen(arguments, list(range(config.num_classes)))
-    denoiser = _with_classes(model, config.num_classes)
-    return _Teacher(denoiser, shape, classes, f"edm_denoiser {digest}")
+    if arguments.guidance is not None:
+        raise CommandError(f"--guidance needs a teacher without a class, too; {path} has none")
+    return _Teacher(model, shape, classes, f"edm_denoiser {digest}")
 
 
 def _chosen(arguments: argparse.Namespace, known: list[int]) -> list[int] | None:
@@ -151,15 +160,3 @@ def _chosen(arguments: argparse.Namespace, known: list[int]) -> list[int] | None
         if label not in known:
             raise CommandError(f"--labels {label}: the teacher knows {known or 'no classes'}")
     return list(arguments.labels)
-
-
-def _with_classes(model: Callable[..., Tensor], count: int) -> Callable[..., Tensor]:
-    """The model with y = -1 for no class."""
-
-    def denoiser(x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Tensor:
-        if y is None:
-            return model(x, sigma)
-        weights = F.one_hot(y + 1, count + 1)[:, 1:]
-        return model(x, sigma, weights.to(x.dtype))
-
-    return denoiser

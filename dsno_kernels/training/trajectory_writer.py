@@ -81,7 +81,7 @@ def write_trajectories(
         >>> model = dk.diffusion.for_process(dk.diffusion.ExactDenoiser(images), process)
         >>> write_trajectories("trajectories", model, plan, count=50_000, shape=(1, 8, 8))
     """
-    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world = _place()
     folder, steps = Path(folder), len(plan.grid) - 1
     if positions is None:
         positions = [round(i * steps / FRAMES) for i in range(1, FRAMES + 1)]
@@ -117,6 +117,24 @@ def write_trajectories(
             samples = shard_range(shard, shards, count)
             path = folder / shard_name(shard, shards)
             _write_shard(path, samples, made, classes, batch, bar)
+
+
+def verify(folder: Path) -> None:
+    """Compare the values of this process's shards with their checksums.
+
+    Raises:
+        TrajectoryError: they differ.
+    """
+    found = manifests.read(folder)
+    rank, world = _place()
+    for shard in range(rank, found["shards"], world):
+        reader = ShardReader.of(folder / shard_name(shard, found["shards"]))
+        reader.verify(len(shard_range(shard, found["shards"], found["count"])))
+
+
+def _place() -> tuple[int, int]:
+    """Rank and number of processes, as torchrun says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check(

@@ -209,8 +209,9 @@ def test_a_table_of_models(
     content = json.loads(numbers.read_text())
     names = [row["name"] for row in content["rows"]]
     teachers = [f"teacher, tab3, {n} evaluations" for n in (2, 3)]
-    assert names == [*teachers, "student", "digits, half against half"]
-    assert [row["evaluations"] for row in content["rows"]] == [2, 3, 1, 0]
+    floors = ["digits, drawn with replacement", "digits, half against half"]
+    assert names == [*teachers, "student", *floors]
+    assert [row["evaluations"] for row in content["rows"]] == [2, 3, 1, 0, 0]
     assert content["seeds"] == [7, 8]
 
     reference = images.digits().images
@@ -227,11 +228,14 @@ def test_a_table_of_models(
     )
     assert measured["images"] == 70
     assert measured["images_per_second"] > 0
-    floor = content["rows"][3]
-    assert floor["frechet"]["mean"] < 0.1 * measured["frechet"]["mean"]
-    assert floor["precision"]["mean"] > 0.8
+    drawn, halves = content["rows"][3:]
+    assert (drawn["images"], halves["images"]) == (70, 898)
+    assert 0.0 < halves["frechet"]["mean"] < drawn["frechet"]["mean"]
+    assert drawn["frechet"]["mean"] < 0.2 * measured["frechet"]["mean"]
+    assert drawn["precision"]["mean"] == 1.0
+    assert 0.8 < halves["precision"]["mean"] < 1.0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert f"{measured['frechet']['mean']:.2f} ±" in lines[4]
 
 
@@ -328,8 +332,9 @@ def test_fixed_images_are_measured_once(
     assert "±" not in capsys.readouterr().out.splitlines()[4]
 
 
-def test_halves_that_are_too_small_are_left_out() -> None:
+def test_floors_of_sets_too_small_are_left_out() -> None:
     pictures = torch.rand(10, 1, 2, 2)
     reference = report.Reference("few", pictures, features.pixels())
-    assert reference.halves(range(3)) is not None
-    assert report.Reference("fewer", pictures[:9], features.pixels()).halves(range(3)) is None
+    assert [row.images for row in reference.floors(7, range(3))] == [7, 5]
+    assert [row.images for row in reference.floors(4, range(3))] == [5]
+    assert report.Reference("fewer", pictures[:8], features.pixels()).floors(4, range(3)) == []

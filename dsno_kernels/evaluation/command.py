@@ -90,9 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
     draws = sum(len(seeds) if one.evaluations else 1 for one in samples)
     with tqdm(total=draws, unit="draw", dynamic_ncols=True) as bar:
         rows = [report.row_of(one, reference, seeds, bar.update) for one in samples]
-    halves = reference.halves(seeds)
-    if halves is not None:
-        rows.append(halves)
+    rows += reference.floors(arguments.count or len(real), seeds)
     print(f"Features: {network.name}; {len(real)} reference images; {len(seeds)} seeds\n")
     print(report.table(rows))
     if arguments.json is not None:

@@ -95,19 +95,27 @@ class Reference:
             )
         return measures(self.vectors, self._vectors(name, images))
 
-    def halves(self, seeds: Sequence[int]) -> Row | None:
-        """One random half against the other: the distance that a perfect model would have, were
-        there half as many images. None where the halves are too small.
+    def floors(self, count: int, seeds: Sequence[int]) -> list[Row]:
+        """Real images against real images, of which the sizes alone decide the distance: `count`
+        drawn with replacement against all, which is what a model that makes nothing but the
+        reference would reach, and one random half against the other. Sets too small are left out.
         """
         N, D = self.vectors.shape
-        enough = max(D, NEIGHBORS) < N // 2
-        if not enough:
-            return None
-        rows = []
+        drawn, halves = [], []
         for seed in seeds:
-            order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
-            rows.append(measures(self.vectors[order[: N // 2]], self.vectors[order[N // 2 :]]))
-        return Row(f"{self.name}, half against half", 0, N // 2, rows)
+            generator = torch.Generator().manual_seed(seed)
+            again = self.vectors[torch.randint(N, (count,), generator=generator)]
+            first, second = self.vectors[torch.randperm(N, generator=generator)].tensor_split(2)
+            if count > max(D, NEIGHBORS):
+                drawn.append(measures(self.vectors, again))
+            if len(second) > max(D, NEIGHBORS):
+                halves.append(measures(first, second))
+        found = []
+        if drawn:
+            found.append(Row(f"{self.name}, drawn with replacement", 0, count, drawn))
+        if halves:
+            found.append(Row(f"{self.name}, half against half", 0, N // 2, halves))
+        return found
 
     def _vectors(self, name: str, images: Tensor) -> Tensor:
         if len(images) == 0:

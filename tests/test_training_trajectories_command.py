@@ -122,7 +122,7 @@ def test_the_process_of_dsno() -> None:
         (["--steps", "0"], "steps must be at least 1"),
         (["--t-end", "2"], "is required of VPCosine"),
         (["--solver", "sde_dpmpp_2"], "adds noise"),
-        (["--times", "40"], "positions must be in 1..32"),
+        (["--times", "40"], "positions must be in 1..16"),
         (["--labels", "11", "--conditional"], "--labels 11: the teacher knows [0, 1"),
         (["--guidance", "2"], "guidance needs classes"),
         (["--teacher", "nothing.safetensors"], "nothing.safetensors does not exist"),

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--count", "trajectories", type=int, default=20_000, metavar="N")
     add("--process", "noising process", choices=tuple(PROCESSES), default="vp_cosine")
     add("--solver", "one of dk.diffusion.solvers()", default="tab3", metavar="NAME")
-    add("--steps", "of the solver", type=int, default=32, metavar="N")
+    add("--steps", "of the solver", type=int, default=16, metavar="N")
     add(
         "--grid",
         "kind of time grid, as of dk.diffusion.time_grid",

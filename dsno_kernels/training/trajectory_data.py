@@ -101,13 +101,13 @@ class TrajectoryDataset(Dataset[Any]):
         self._paths, self._starts = [path], [0, length]
 
     def _begin(self, shape: Sequence[int] | None) -> None:
-        self.manifest = found = manifests.read(self.path)
-        C, H, W = found["shape"]
-        self._stored = (C, len(found["positions"]), H, W)
+        self.manifest = manifest = manifests.read(self.path)
+        C, H, W = manifest["shape"]
+        self._stored = (C, len(manifest["positions"]), H, W)
         if shape is not None and tuple(shape) != self._stored:
             raise TrajectoryError(f"{self.path} stores {self._stored}, not {tuple(shape)}")
-        self.logsnr = torch.tensor(found["logsnr"], dtype=torch.float64)
-        shards, count = found["shards"], found["count"]
+        self.logsnr = torch.tensor(manifest["logsnr"], dtype=torch.float64)
+        shards, count = manifest["shards"], manifest["count"]
         self._paths = [self.path / shard_name(i, shards) for i in range(shards)]
         ranges = [shard_range(i, shards, count) for i in range(shards)]
         self._starts = [0, *(r.stop for r in ranges)]
@@ -120,12 +120,9 @@ class TrajectoryDataset(Dataset[Any]):
                     " again, which goes on where it stopped"
                 )
             digests.update((path / CHECKSUM).read_bytes())
-            if found["classes"] is not None:
+            if manifest["classes"] is not None:
                 labels.append(_labels(path / LABELS))
-                if len(labels[-1]) != there:
-                    raise TrajectoryError(
-                        f"{path} has {there} samples, but {len(labels[-1])} labels"
-                    )
+                _same_length(path, there, labels[-1])
         self.checksum = digests.hexdigest()
         self.labels = torch.cat(labels) if labels else None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -53,10 +54,11 @@ class ShardReader:
     def of(cls, path: Path) -> ShardReader:
         """The reader of this process."""
         key = os.path.realpath(path)
-        reader = _opened.get(key)
-        if reader is None:
-            reader = _opened[key] = cls(path)
-        return reader
+        with _opening:
+            reader = _opened.get(key)
+            if reader is None:
+                reader = _opened[key] = cls(path)
+            return reader
 
     @contextlib.contextmanager
     def values(self) -> Iterator[Any]:
@@ -98,6 +100,7 @@ class ShardReader:
 
 
 _opened: weakref.WeakValueDictionary[str, ShardReader] = weakref.WeakValueDictionary()
+_opening = threading.Lock()
 
 
 class ShardWriter:
@@ -125,7 +128,7 @@ class ShardWriter:
     @property
     def length(self) -> int:
         """Samples written."""
-        with self._environment.begin() as transaction:
+        with self._reported(), self._environment.begin() as transaction:
             return int(transaction.get(_LENGTH, b"0"))
 
     def append(self, first: int, values: Iterable[Any]) -> None:
@@ -171,7 +174,7 @@ class ShardWriter:
                 raise
             reason = getattr(error, "strerror", None) or error
             raise TrajectoryError(
-                f"{self.path} cannot be written ({reason}); what was complete is kept: make room"
+                f"{self.path} cannot be written ({reason}); what was complete is kept: mend that"
                 " and run the same command again"
             ) from None
 
@@ -203,6 +206,7 @@ def _open(path: Path, *, new: bool = False, **options: Any) -> Any:
             raise TrajectoryError(f"{path} is in use by this process: {error}") from None
         raise TrajectoryError(f"{data} is damaged ({error}): {advice}") from None
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    size = data.stat().st_size  # again: another process may have written
     if not new and size < needed:
         environment.close()
         raise TrajectoryError(f"{data} is damaged, {size} bytes long of {needed}: {advice}")

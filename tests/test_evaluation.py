@@ -242,11 +242,10 @@ def test_a_table_of_models(
 def test_a_teacher_starts_from_the_noise_of_the_student(tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher.safetensors", classes=3)
     drawing = sets.Drawing(5, 2, torch.device("cpu"), "fp32")
-    (samples,) = sets.teachers(str(teacher), [4], "tab2", "uniform", drawing)
     process = dk.diffusion.VPCosine()
-    plan = dk.diffusion.SolverPlan.build(
-        process, dk.diffusion.time_grid(process, 4), "tab2", prediction="x0"
-    )
+    grid = dk.diffusion.time_grid(process, 4)
+    plan = dk.diffusion.SolverPlan.build(process, grid, "tab2", prediction="x0")
+    (samples,) = sets.teachers(str(teacher), [plan], drawing)
     model = dk.diffusion.for_process(dk.models.load(teacher), process)
     noise = dk.sampling.generation.noise_of(network(), range(5), 1)
     with torch.no_grad():

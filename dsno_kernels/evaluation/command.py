@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from dsno_kernels import __version__
+from dsno_kernels.diffusion import SolverPlan, time_grid
 from dsno_kernels.evaluation import features, report, sets
 from dsno_kernels.sampling.command import positive
 from dsno_kernels.sampling.generation import PRECISIONS
 from dsno_kernels.training.distributed import choose_device
 from dsno_kernels.training.errors import CommandError, prepare_folder
+from dsno_kernels.training.trajectories import PROCESSES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole: dict[str, Any] = {"type": positive, "metavar": "N"}
     add("--evaluations", "steps of the teacher's solver", nargs="+", default=[5, 10, 20], **whole)
     add("--solver", "of the teacher, a name of dk.diffusion.solvers()", default="tab3")
-    add("--grid", "times of the solver, a kind of dk.diffusion.time_grid", default=sets.GRID)
+    add("--grid", "times of the solver, a kind of dk.diffusion.time_grid", default="uniform")
+    add("--process", "of the teacher's sampling", choices=tuple(PROCESSES), default="vp_cosine")
     add("--reference", "real images: digits, an .npz or a folder", metavar="SET", default="digits")
     add(
         "--features",
@@ -118,8 +121,7 @@ def _sample_sets(
     )
     found = []
     if arguments.teacher is not None:
-        solver = (arguments.evaluations, arguments.solver, arguments.grid)
-        found += sets.teachers(arguments.teacher, *solver, drawing)
+        found += sets.teachers(arguments.teacher, _plans(arguments), drawing)
     if arguments.student is not None:
         found.append(sets.student("student", arguments.student, drawing))
     if arguments.ablation is not None:
@@ -129,6 +131,16 @@ def _sample_sets(
     if not found:
         raise CommandError("nothing to judge; give sets, --student, --ablation or --teacher")
     return found
+
+
+def _plans(arguments: argparse.Namespace) -> list[SolverPlan]:
+    """The teacher's solver for each number of steps."""
+    process, solver = PROCESSES[arguments.process], arguments.solver
+    try:
+        grids = [time_grid(process, steps, arguments.grid) for steps in arguments.evaluations]
+        return [SolverPlan.build(process, grid, solver, prediction="x0") for grid in grids]
+    except ValueError as error:
+        raise CommandError(f"--solver {solver}, --grid {arguments.grid}: {error}") from None
 
 
 def _features(arguments: argparse.Namespace, device: torch.device) -> features.Features:

@@ -15,8 +15,6 @@ from dsno_kernels.sampling.generation import batches, class_labels, noise_of, re
 from dsno_kernels.training import images
 from dsno_kernels.training.errors import CommandError
 
-GRID = "uniform"
-
 
 @dataclass(frozen=True)
 class Drawing:
@@ -84,48 +82,25 @@ def student(name: str, path: str, drawing: Drawing) -> SampleSet:
     return SampleSet(name, draw, 1)
 
 
-def teachers(
-    path: str, evaluations: Sequence[int], solver: str, grid: str, drawing: Drawing
-) -> list[SampleSet]:
-    """Samples of a denoiser on the cosine process, a set for each number of steps.
-
-    Raises:
-        CommandError: a solver or a grid that does not exist or does not fit.
+def teachers(path: str, plans: Sequence[diffusion.SolverPlan], drawing: Drawing) -> list[SampleSet]:
+    """Samples of a denoiser, a set for each plan (of x0 prediction, on a process that begins with
+    standard normal noise).
     """
     model: EDMDenoiser = load(path, drawing.device, kind="edm_denoiser")
-    network = model.network
-    assert isinstance(network, DSNO)
-    process = diffusion.VPCosine()
-    denoiser = diffusion.for_process(model, process)
-
-    def plan_of(steps: int) -> diffusion.SolverPlan:
-        times = diffusion.time_grid(process, steps, grid)
-        return diffusion.SolverPlan.build(process, times, solver, prediction="x0")
 
     def set_of(plan: diffusion.SolverPlan) -> SampleSet:
-        name = f"teacher, {solver}, {plan.evaluations} evaluations"
-        return SampleSet(
-            name,
-            lambda seed: _solve(network, denoiser, plan, seed, drawing),
-            plan.evaluations,
-        )
+        name = f"teacher, {plan.solver}, {plan.evaluations} evaluations"
+        return SampleSet(name, lambda seed: _solve(model, plan, seed, drawing), plan.evaluations)
 
-    try:
-        return [set_of(plan_of(steps)) for steps in evaluations]
-    except ValueError as error:
-        raise CommandError(f"--solver {solver}, --grid {grid}: {error}") from None
+    return [set_of(plan) for plan in plans]
 
 
 @torch.no_grad()
-def _solve(
-    network: DSNO,
-    denoiser: Callable[..., Tensor],
-    plan: diffusion.SolverPlan,
-    seed: int,
-    drawing: Drawing,
-) -> Tensor:
-    """Images ``(count, C, H, W)``: the same noise as for a student of that seed."""
-    device = drawing.device
+def _solve(model: EDMDenoiser, plan: diffusion.SolverPlan, seed: int, drawing: Drawing) -> Tensor:
+    """Images ``(count, C, H, W)``: from the same noise as those of a student with that seed."""
+    network, device = model.network, drawing.device
+    assert isinstance(network, DSNO)
+    denoiser = diffusion.for_process(model, plan.process)
     labels = class_labels(network, None, drawing.count)
     generator = torch.Generator().manual_seed(seed)
     parts = []

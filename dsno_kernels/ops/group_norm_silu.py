@@ -53,9 +53,7 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.numel() == 0:
-        return _fake(
-            x, groups, weight, bias, scale, shift, eps, silu, channels_last, out_dtype, backend
-        )
+        return _fake(x, groups, channels_last, out_dtype, backend)
     y, mean, rstd = select(backend, _request(x)).group_norm_silu(
         x,
         groups,
@@ -71,19 +69,8 @@ def _run(
     return _with_strides(y, x, channels_last), mean, rstd
 
 
-def _fake(
-    x: Tensor,
-    groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    silu: bool,
-    channels_last: bool,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, groups: int, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    channels_last, out_dtype, _ = others[-3:]
     statistics = x.shape[0], x.shape[1], groups
     dtype = compute_dtype(x.dtype)
     return (
@@ -106,7 +93,7 @@ def _run_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if x.numel() == 0:
-        results = _fake_backward(grad, x, mean, rstd, weight, bias, scale, shift, silu, backend)
+        results = _fake_backward(grad, x, mean, rstd, weight, bias, scale, shift)
         for result in results:
             result.zero_()
         return results
@@ -131,8 +118,7 @@ def _fake_backward(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
-    silu: bool,
-    backend: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_scale, grad_shift = (
         x.new_empty((0,)) if t is None else t.new_empty(x.shape[:3]) for t in (scale, shift)
@@ -166,46 +152,33 @@ class GroupNormSiluFunction(torch.autograd.Function):
     """Autograd of `group_norm_silu`. Saves x and two numbers a group, no normalized copy."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        groups: int,
-        weight: Tensor,
-        bias: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        eps: float,
-        silu: bool,
-        channels_last: bool,
-        out_dtype: torch.dtype,
-        backend: str,
-    ) -> Tensor:
-        y, mean, rstd = op(
-            x, groups, weight, bias, scale, shift, eps, silu, channels_last, out_dtype, backend
-        )
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """`arguments` are those of the op."""
+        x, groups, weight, bias, scale, shift, eps, silu, *_, backend = arguments
+        y, mean, rstd = op(*arguments)
         ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
         ctx.groups, ctx.eps, ctx.silu, ctx.backend = groups, eps, silu, backend
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
-        grad_scale: Tensor | None
-        grad_shift: Tensor | None
+        x, mean, rstd, weight, bias, *modulation = ctx.saved_tensors
+        scale, shift = modulation
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Differentiated once more: the statistics depend on x.
             mean, rstd = reference_norm.statistics(x, ctx.groups, ctx.eps)
-            grad_x, grad_weight, grad_bias, grad_scale, grad_shift = (
-                reference_norm.group_norm_silu_backward(
-                    grad, x, mean, rstd, weight, bias, scale=scale, shift=shift, silu=ctx.silu
-                )
+            grads = reference_norm.group_norm_silu_backward(
+                grad, x, mean, rstd, weight, bias, scale=scale, shift=shift, silu=ctx.silu
             )
         else:
-            grad_x, grad_weight, grad_bias, grad_scale, grad_shift = backward_op(
+            grads = backward_op(
                 grad, x, mean, rstd, weight, bias, scale, shift, ctx.silu, ctx.backend
             )
-            grad_scale = None if scale is None else grad_scale
-            grad_shift = None if shift is None else grad_shift
+        grad_x, grad_weight, grad_bias, *others = grads
+        grad_scale, grad_shift = (
+            None if given is None else found
+            for given, found in zip(modulation, others, strict=True)
+        )
         return grad_x, None, grad_weight, grad_bias, grad_scale, grad_shift, *(None,) * 5
 
 
@@ -236,18 +209,12 @@ def differentiable_group_norm_silu(
         "channels_last": channels_last,
         "out_dtype": out_dtype,
     }
+    given = x, groups, weight, bias
     if under_transform():
-        return on_reference(reference_norm.forward, backend, x, groups, weight, bias, **options)
-    if (
-        not torch.compiler.is_compiling()
-        and x.numel() > 0
-        and select(backend, _request(x)) is reference
-    ):
-        return reference_norm.forward(x, groups, weight, bias, **options)
+        return on_reference(reference_norm.forward, backend, *given, **options)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and x.numel() > 0 and select(backend, _request(x)) is reference:
+        return reference_norm.forward(*given, **options)
     if torch.is_grad_enabled():
-        return GroupNormSiluFunction.apply(
-            x, groups, weight, bias, scale, shift, eps, silu, channels_last, out_dtype, backend
-        )
-    return op(x, groups, weight, bias, scale, shift, eps, silu, channels_last, out_dtype, backend)[
-        0
-    ]
+        return GroupNormSiluFunction.apply(*given, *options.values(), backend)
+    return op(*given, *options.values(), backend)[0]

@@ -103,6 +103,17 @@ def test_noise_belongs_to_the_sample(whole: Path, tmp_path: Path) -> None:
     assert len(checksums) == 2
 
 
+def test_noise_stays_what_it_was(whole: Path) -> None:
+    """A run of one version goes on with the next: this is version 0.1's."""
+    frames, _ = everything(whole)
+    assert frames[0, 0].flatten()[:3].tolist() == [
+        -1.4844697713851929,
+        0.17590153217315674,
+        -0.6855161786079407,
+    ]
+    assert frames[19, 0].flatten()[-1].item() == -0.6955709457397461
+
+
 def test_more_shards_than_samples(tmp_path: Path) -> None:
     write(tmp_path, count=2, shards=3)
     assert everything(tmp_path)[0].shape == (2, FRAMES, *SHAPE)
@@ -146,14 +157,14 @@ def test_classes_and_guidance(tmp_path: Path) -> None:
     assert label == labels[-1] and torch.equal(item, frames[-1])
 
     calls.clear()
-    write(tmp_path / "guided", model, classes=[3, 0, 5], guidance=2.0)
-    assert calls[0].tolist() == [3, 0, 5, 3, 0, 5] + [-1] * 6
+    write(tmp_path / "guided", model, classes=[3, 0, 5], guidance=2.0, no_class=9)
+    assert calls[0].tolist() == [3, 0, 5, 3, 0, 5] + [9] * 6
     guided, _ = everything(tmp_path / "guided")
     with torch.no_grad():
         wanted = diffusion.sample(
             *(denoiser, frames[:, 0], PLAN),
             kwargs={"y": labels},
-            unconditional={"y": torch.full_like(labels, -1)},
+            unconditional={"y": torch.full_like(labels, 9)},
             guidance=2.0,
         )
     assert_close(guided[:, -1], wanted, FLOAT32)

@@ -59,7 +59,9 @@ def teacher(path: Path, classes: int = 0) -> EDMDenoiser:
     return model
 
 
-def test_the_exact_teacher(few_digits: images.Images, tmp_path: Path) -> None:
+def test_the_exact_teacher(
+    few_digits: images.Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--teacher", "exact", "--count", "30", "--batch", "16", "--steps", "12"]
     words += ["--process", "dsno", "--solver", "dpmpp_2m", "--times", "5", "12", "--seed", "3"]
     assert run(tmp_path, *words) == 0
@@ -73,7 +75,10 @@ def test_the_exact_teacher(few_digits: images.Images, tmp_path: Path) -> None:
     assert_close(frames[:, 1:], wanted, FLOAT32)
     data = TrajectoryDataset(tmp_path)
     assert data.manifest is not None and few_digits.fingerprint() in data.manifest["teacher"]
+    capsys.readouterr()
     assert run(tmp_path, *words, "--verify") == 0
+    shard = tmp_path / "shard-00000-of-00001"
+    assert capsys.readouterr().out == f"Wrote {shard}, and every value is as it was\n"
 
 
 @pytest.mark.parametrize("labels", [[], ["--labels", "4", "7"]], ids=["all", "some"])

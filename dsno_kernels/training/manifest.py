@@ -37,7 +37,7 @@ def make(
     seed: int,
     batch: int,
     classes: Sequence[int] | None,
-    guidance: float | None,
+    guidance: dict[str, float] | None,
     precision: str,
     teacher: str,
 ) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         plan = SolverPlan.build(process, grid, arguments.solver, prediction="x0")
         teacher = _teacher(arguments, device)
-        write_trajectories(
+        shards = write_trajectories(
             arguments.out,
             diffusion.for_process(teacher.denoiser, process),
             plan,
@@ -119,6 +119,8 @@ def run(arguments: argparse.Namespace) -> None:
             verify(arguments.out)
     except ValueError as error:
         raise CommandError(str(error)) from None
+    for path in shards:
+        print(f"Wrote {path}{', and every value is as it was' if arguments.verify else ''}")
 
 
 class _Teacher(NamedTuple):

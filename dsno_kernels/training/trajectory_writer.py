@@ -36,6 +36,7 @@ def write_trajectories(
     positions: Sequence[int] | None = None,
     classes: Sequence[int] | None = None,
     guidance: float | None = None,
+    no_class: int = -1,
     seed: int = 0,
     batch: int = 256,
     shards: int | None = None,
@@ -43,7 +44,7 @@ def write_trajectories(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     progress: bool = False,
-) -> None:
+) -> list[Path]:
     r"""Write trajectories of the probability-flow ODE for `TrajectoryDataset`; go on with those
     that are there.
 
@@ -60,7 +61,8 @@ def write_trajectories(
         positions: places in the grid whose states are kept; the noise, 0, always is. By default 4
             evenly spaced ones.
         classes: sample i has class ``classes[i % len(classes)]``; None for no classes.
-        guidance: scale of classifier-free guidance; then y = -1 asks for no class.
+        guidance: scale of classifier-free guidance.
+        no_class: the y that asks for no class there.
         seed: of the noise.
         batch: trajectories at a time, and in a transaction.
         shards: by default as many as processes.
@@ -68,6 +70,9 @@ def write_trajectories(
         device: where the denoiser computes.
         precision: "fp32", or "bf16" for autocast; the state is float32.
         progress: show a bar.
+
+    Returns:
+        The shards of this process, each of them complete.
 
     Raises:
         TrajectoryError: (a ValueError) the folder is of other trajectories, damaged, or cannot be
@@ -104,19 +109,21 @@ def write_trajectories(
         seed=seed,
         batch=batch,
         classes=classes,
-        guidance=guidance,
+        guidance=None if guidance is None else {"scale": guidance, "no_class": no_class},
         precision=precision,
         teacher=teacher,
     )
     manifests.settle(folder, wanted)
-    made = _Maker(denoiser, plan, positions, shape, guidance, seed, torch.device(device), precision)
-    own = range(rank, shards, world)
-    total = sum(len(shard_range(shard, shards, count)) for shard in own)
-    with _bar(total, progress and rank == 0) as bar:
-        for shard in own:
-            samples = shard_range(shard, shards, count)
-            path = folder / shard_name(shard, shards)
+    model = _autocast(denoiser, torch.device(device), precision)
+    made = _Maker(model, plan, positions, shape, guidance, no_class, seed, torch.device(device))
+    own = {
+        folder / shard_name(shard, shards): shard_range(shard, shards, count)
+        for shard in range(rank, shards, world)
+    }
+    with _bar(sum(map(len, own.values())), progress and rank == 0) as bar:
+        for path, samples in own.items():
             _write_shard(path, samples, made, classes, batch, bar)
+    return list(own)
 
 
 def verify(folder: Path) -> None:
@@ -171,13 +178,13 @@ class _Maker:
         positions: Sequence[int],
         shape: Sequence[int],
         guidance: float | None,
+        no_class: int,
         seed: int,
         device: torch.device,
-        precision: str,
     ) -> None:
         self.plan, self.positions, self.shape, self.seed = plan, positions, shape, seed
-        self.denoiser, self.guidance, self.device = denoiser, guidance, device
-        self.bf16 = precision == "bf16"
+        self.denoiser, self.device = denoiser, device
+        self.guidance, self.no_class = guidance, no_class
         start = plan.grid[0].detach()
         alpha, sigma = plan.process.alpha(start), plan.process.sigma(start)
         self.scale = float(torch.hypot(alpha, sigma))
@@ -189,17 +196,25 @@ class _Maker:
         if y is not None:
             options["kwargs"] = {"y": torch.from_numpy(y).to(self.device)}
         if self.guidance is not None:
-            none = torch.full_like(options["kwargs"]["y"], -1)
+            none = torch.full_like(options["kwargs"]["y"], self.no_class)
             options |= {"unconditional": {"y": none}, "guidance": self.guidance}
         frames = sample(
-            self._model, noise.mul_(self.scale), self.plan, frames=self.positions, **options
+            self.denoiser, noise.mul_(self.scale), self.plan, frames=self.positions, **options
         )
         # [B, F, C, H, W] with F outermost in memory: one copy to the layout of the file
         return frames.transpose(1, 2).contiguous().cpu().numpy()
 
-    def _model(self, x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.denoiser(x, t, **kwargs).float()
+
+def _autocast(
+    denoiser: Callable[..., Tensor], device: torch.device, precision: str
+) -> Callable[..., Tensor]:
+    """The denoiser in this precision, its result in float32."""
+
+    def called(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return denoiser(x, t, **kwargs).float()
+
+    return called
 
 
 def _write_shard(

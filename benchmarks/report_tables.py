@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from benchmarks import report_steps, shapes, targets
+from benchmarks import report_steps, report_training, shapes, targets
 from benchmarks.report_data import (
     BASELINE,
     NOT_MEASURED,
@@ -268,6 +268,7 @@ def tables(results: list[Result]) -> dict[str, Callable[[], str]]:
             "peers": (peers, ("spectral_conv",)),
             "overhead": (overhead, OVERHEAD),
             "model": (model, MODEL),
+            "student": (report_training.student, ("student",)),
             "exp_step": (report_steps.exp_step, ("exp_step", "exp_step_overhead")),
             "schedulers": (
                 report_steps.schedulers,

@@ -79,6 +79,10 @@ class HostCuda:
         pass
 
     @staticmethod
+    def set_sync_debug_mode(debug_mode: int | str) -> None:
+        pass
+
+    @staticmethod
     def device_count() -> int:
         return 1
 

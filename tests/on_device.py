@@ -14,7 +14,7 @@ from benchmarks.host_cuda import cuda, dry_run
 from dsno_kernels import backends
 from dsno_kernels.backends import Request
 
-__all__ = ["DEVICE", "DRY_RUN", "cuda", "marks", "serving", "sized"]
+__all__ = ["DEVICE", "DRY_RUN", "cuda", "marks", "needs_memory", "serving", "sized"]
 
 DRY_RUN = dry_run()
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
@@ -39,6 +39,12 @@ def serving(op: str) -> list[str]:
         if backends.unsupported(name, request) is None
         and hasattr(importlib.import_module(f"dsno_kernels.backends.{name}"), op)
     ]
+
+
+def needs_memory(gib: int) -> None:
+    """Skip where the GPU has less free memory; a dry run takes small tensors (`sized`)."""
+    if not DRY_RUN and cuda().mem_get_info()[0] < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB of free GPU memory")
 
 
 def sized(*shape: int) -> tuple[int, ...]:

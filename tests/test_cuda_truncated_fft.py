@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsno_kernels.backends import _transforms, cuda, reference
+from dsno_kernels.backends import _transforms, reference
 from dsno_kernels.backends._composed import Composed, Launch
 from dsno_kernels.backends._transforms import Axis, Plan
 from tests import shim
@@ -297,33 +297,3 @@ def test_offsets_are_64_bit() -> None:
     ]
     types = set(re.findall(r"^    ([\w* ]+) \w+[,;]", body, re.MULTILINE))
     assert types == {"i64", "const void*", "void*"}
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "dim", "modes", "view"), RFFT_CASES)
-def test_truncated_rfft_on_the_device(
-    shape: tuple[int, ...], dim: int, modes: int, view: str, dtype: torch.dtype
-) -> None:
-    x = convert(VIEWS[view](shape), dtype)
-    device = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).cuda()
-    actual = cuda.truncated_rfft(
-        device.as_strided(x.shape, x.stride(), x.storage_offset()), modes, dim=dim
-    )
-    assert_close(actual, reference.truncated_rfft(x.double(), modes, dim=dim), BUDGETS[dtype])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "dim", "n", "view"), IRFFT_CASES)
-def test_truncated_irfft_on_the_device(
-    shape: tuple[int, ...], dim: int, n: int, view: str, dtype: torch.dtype
-) -> None:
-    x = convert(spectrum_view(view, shape), dtype)
-    device = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).cuda()
-    actual = cuda.truncated_irfft(
-        device.as_strided(x.shape, x.stride(), x.storage_offset()), n, dim=dim
-    )
-    assert_close(actual, reference.truncated_irfft(x.double(), n, dim=dim), BUDGETS[dtype])

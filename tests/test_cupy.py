@@ -1,10 +1,10 @@
-"""CuPy without a GPU: arrays and streams by doubles on CPU memory, kernels by the shim, NVRTC by
-itself.
+"""CuPy without a GPU: arrays, streams and kernels by doubles (cupy_double.py), NVRTC by itself.
+
+test_dry_run.py runs the tests of test_gpu_cupy.py on the same doubles.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
 import warnings
@@ -19,133 +19,19 @@ from torch import Tensor
 
 import dsno_kernels as dk
 from dsno_kernels import functional
-from dsno_kernels.backends import Request, _nvrtc, _transforms
+from dsno_kernels.backends import Request, _nvrtc
 from dsno_kernels.backends import cupy as backend
-from dsno_kernels.backends._transforms import Plan
-from tests import oracle, shim, test_gpu_cupy
+from tests import cupy_double, oracle
+from tests.cupy_double import Array, Cupy
 from tests.helpers import BUDGETS, assert_close
 
 CUDA = torch.device("cuda", 0)
 
 
-class Array:
-    """A cupy.ndarray on CPU memory."""
-
-    def __init__(self, tensor: Tensor, device: int = 0) -> None:
-        self.tensor, self.device = tensor, SimpleNamespace(id=device)
-        name = str(tensor.dtype).removeprefix("torch.")
-        self.dtype = SimpleNamespace(name=name, itemsize=tensor.element_size())
-        self.strides = tuple(stride * tensor.element_size() for stride in tensor.stride())
-        self.shape, self.data = tuple(tensor.shape), SimpleNamespace(ptr=tensor.data_ptr())
-
-    def get(self) -> Any:
-        return self.tensor.numpy()
-
-    def transpose(self, *axes: int) -> Array:
-        return Array(self.tensor.permute(axes))
-
-    def __getitem__(self, key: Any) -> Array:
-        if key != slice(None, None, -1):
-            return Array(self.tensor[key])
-        reverse = Array(self.tensor)  # a tensor has no negative strides
-        reverse.strides = (-self.strides[0], *self.strides[1:])
-        return reverse
-
-    def __dlpack__(self, stream: int | None = None) -> Any:
-        assert stream == -1  # one stream on both sides: CuPy must not wait
-        return self.tensor.__dlpack__()
-
-
-class Cupy(ModuleType):
-    """As much of the module `cupy` as dsno_kernels uses, with what it was asked to do."""
-
-    ndarray = Array
-    complex64 = SimpleNamespace(name="complex64", itemsize=8)
-
-    def __init__(self) -> None:
-        super().__init__("cupy")
-        self.__version__ = "14.2.0"
-        self.device, self.stream = 0, 0x1230
-        self.launches: list[tuple[int, int]] = []  # device and stream
-        self.cuda = SimpleNamespace(
-            Device=self.Device,
-            get_current_stream=lambda: SimpleNamespace(ptr=self.stream),
-            function=SimpleNamespace(Module=lambda: Module(self)),
-            runtime=SimpleNamespace(driverGetVersion=lambda: 13000),
-        )
-
-    def Device(self, index: int | None = None) -> Any:
-        @contextlib.contextmanager
-        def current() -> Iterator[None]:
-            before, self.device = self.device, index or 0
-            yield
-            self.device = before
-
-        device = current()
-        device.id = self.device  # type: ignore[attr-defined]
-        return device
-
-    def asarray(self, values: Any) -> Array:
-        return Array(torch.from_numpy(values))
-
-    def asfortranarray(self, array: Array) -> Array:
-        backwards = range(len(array.shape))[::-1]
-        return Array(array.tensor.permute(*backwards).contiguous().permute(*backwards))
-
-    def from_dlpack(self, exporter: Any) -> Array:
-        assert exporter.__dlpack_device__()[0] == 1  # of the CPU, where the double keeps its memory
-        capsule = exporter.__dlpack__(stream=self.stream, max_version=(1, 0))
-        return Array(torch.utils.dlpack.from_dlpack(capsule), self.device)
-
-
-class Module:
-    """A loaded module whose kernels are those of the shim."""
-
-    launch: Any = None
-
-    def __init__(self, cupy: Cupy) -> None:
-        self.cupy = cupy
-
-    def load(self, code: bytes) -> None:
-        assert code == b"device code of truncated_fft.cuh for sm_90"
-
-    def get_function(self, name: str) -> Any:
-        def function(
-            grid: tuple[int], block: tuple[int], args: tuple[Any], shared: int, stream: Any
-        ) -> None:
-            assert block == (_transforms.THREADS,) and shared == 0
-            (params,) = args
-            assert params.shape == (1,)  # CuPy passes arrays of one element by value
-            source, target, table, *numbers = np.frombuffer(params.tobytes(), np.int64).tolist()
-            self.cupy.launches.append((self.cupy.device, stream.ptr))
-            pointers = (SimpleNamespace(data_ptr=lambda p=p: p) for p in (source, target, table))
-            Module.launch(Plan(name, grid[0], tuple(numbers)), *pointers)
-
-        return function
-
-
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cupy]:
-    """The double as `import cupy` finds it; PyTorch's devices and streams write into `used`."""
-    double = Cupy()
-    double.used = []  # type: ignore[attr-defined]
-
-    def recorder(kind: str) -> Any:
-        @contextlib.contextmanager
-        def record(value: Any) -> Iterator[None]:
-            double.used.append((kind, value))  # type: ignore[attr-defined]
-            yield
-
-        return record
-
-    monkeypatch.setitem(sys.modules, "cupy", double)
-    monkeypatch.setattr(torch.cuda, "device", recorder("device"))
-    monkeypatch.setattr(torch.cuda, "stream", recorder("stream"))
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: ("default", device.index))
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda ptr, device: (ptr, device.index))
-    yield double
-    for cache in (backend._module, backend._function, backend._warn_once):
-        cache.cache_clear()
+    with cupy_double.installed(monkeypatch) as double:
+        yield double
 
 
 @pytest.fixture
@@ -326,24 +212,6 @@ def test_refused_strides(dkc: ModuleType, strides: tuple[int, ...]) -> None:
         dkc.truncated_rfft(x, 2)
 
 
-class TestDryRun:
-    """Tests that are for a GPU, right before they meet one."""
-
-    @pytest.fixture(autouse=True)
-    def on_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(test_gpu_cupy, "DEVICE", torch.device("cpu"))
-
-    @pytest.mark.parametrize(
-        "name", ["every_function", "strides_pass_through", "results_own_their_memory"]
-    )
-    def test_arrays(self, cupy: Any, dkc: ModuleType, name: str) -> None:
-        getattr(test_gpu_cupy, f"test_{name}")(cupy, dkc)
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-    def test_halves(self, cupy: Any, dkc: ModuleType, dtype: torch.dtype) -> None:
-        test_gpu_cupy.test_halves_pass_both_ways(cupy, dkc, dtype)
-
-
 class TestBackend:
     @pytest.fixture(autouse=True)
     def on_the_cpu(
@@ -352,17 +220,7 @@ class TestBackend:
         monkeypatch: pytest.MonkeyPatch,
         tmp_path_factory: pytest.TempPathFactory,
     ) -> None:
-        if Module.launch is None:
-            Module.launch = staticmethod(shim.plain_launch(tmp_path_factory.mktemp("shim")))
-        binding = SimpleNamespace(getVersion=lambda: (13, 0), getSupportedArchs=lambda: [80, 90])
-        monkeypatch.setattr(_nvrtc, "nvrtc", lambda: (binding, None))
-        monkeypatch.setattr(
-            _nvrtc, "compiled", lambda source, arch: f"device code of {source} for {arch}".encode()
-        )
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        monkeypatch.setattr(backend, "raw_stream", lambda device: 0xABC)
+        cupy_double.compile_on_the_shim(monkeypatch, tmp_path_factory)
 
     def test_the_ops_run_their_plans(self, cupy: Cupy) -> None:
         with pytest.warns(UserWarning, match="compiles its CUDA kernels for sm_90 with NVRTC"):

@@ -4,43 +4,62 @@ compiles.
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import dsno_kernels as dk
-from dsno_kernels.backends import _nvrtc
-from tests import oracle
+from dsno_kernels.backends import _launch, _nvrtc, _transforms
+from dsno_kernels.backends import cupy as backend_module
+from tests import cupy_double, oracle
 from tests.helpers import BUDGETS, IO_BUDGET, assert_close
-from tests.on_device import serving
+from tests.on_device import DEVICE, DRY_RUN, cuda, marks, serving
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here"),
-]
+pytestmark = marks
 
-DEVICE = torch.device("cuda")  # tests/test_cupy.py runs some of these on the CPU, on its doubles
 # Both of cuBLAS and of the same device code.
-BACKENDS = [name for name in serving("spectral_conv") if name in ("cuda", "cupy")]
+COMPOSED = ("cuda", "cupy")
+BACKENDS = ["cupy"] if DRY_RUN else [b for b in serving("spectral_conv") if b in COMPOSED]
 SHAPE, WEIGHT = (3, 4, 6, 5, 7), (6, 9, 3, 2)
 
 
-@pytest.fixture(scope="module")
-def cupy() -> Any:
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    if DRY_RUN:
+        with cupy_double.installed(monkeypatch) as double:
+            yield double
+        return
     module = pytest.importorskip("cupy", reason="CuPy is not installed")
     try:
         module.zeros(2) + 1
     except Exception as error:  # whatever CuPy misses: headers, NVRTC, a newer driver
         pytest.skip(f"CuPy does not work here: {error}")
-    return module
+    yield module
 
 
 @pytest.fixture
-def dkc(cupy: Any) -> Any:
-    import dsno_kernels.cupy
+def dkc(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if DRY_RUN:  # it holds the double of another test
+        monkeypatch.delitem(sys.modules, "dsno_kernels.cupy", raising=False)
+    return importlib.import_module("dsno_kernels.cupy")
 
-    return dsno_kernels.cupy
+
+@pytest.fixture
+def served(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """In a dry run the backend `cupy` on the shim."""
+    if not DRY_RUN:
+        yield
+        return
+    monkeypatch.setattr(backend_module, "unsupported", lambda request: None)
+    with cupy_double.installed(monkeypatch):
+        cupy_double.compile_on_the_shim(monkeypatch, tmp_path_factory)
+        yield
 
 
 def arrays(cupy: Any, *shapes: tuple[int, ...]) -> list[Any]:
@@ -55,9 +74,9 @@ def tensor(array: Any) -> torch.Tensor:
 def test_memory_is_shared_both_ways(cupy: Any, dkc: Any) -> None:
     (x,) = arrays(cupy, SHAPE)
     seen = dkc._tensor(x)
-    assert seen.data_ptr() == x.data.ptr and seen.device.index == x.device.id
+    assert seen.data_ptr() == x.data.ptr and (seen.device.index or 0) == x.device.id
     seen.fill_(2)
-    torch.cuda.synchronize()
+    cuda().synchronize()
     assert (x == 2).all()
     back = dkc._array(seen)
     back[...] = 3
@@ -116,7 +135,8 @@ def test_work_runs_on_the_current_stream(cupy: Any, dkc: Any, kind: str) -> None
         "per_thread": lambda: cupy.cuda.Stream.ptds,
     }[kind]()
     (weight,) = arrays(cupy, (16, 16, 2, 2))
-    x, busy = cupy.zeros((8, 4, 16, 32, 32), cupy.float32), cupy.zeros(2**26, cupy.float32)
+    x = cupy.zeros((8, 4, 16, 32, 32), cupy.float32)
+    busy = cupy.zeros(2 if DRY_RUN else 2**26, cupy.float32)
     busy += 1
     dkc.spectral_conv(x, weight)  # compiles, if it has to
     cupy.cuda.Device().synchronize()
@@ -132,6 +152,15 @@ def test_work_runs_on_the_current_stream(cupy: Any, dkc: Any, kind: str) -> None
     assert (z == y + 1).all()
 
 
+def test_steps(cupy: Any, dkc: Any) -> None:
+    x, h = arrays(cupy, (3, 35), (3, 35))
+    y = dkc.exp_step(x, [h], [0.5, 2.0])
+    assert isinstance(y, cupy.ndarray)
+    assert_close(tensor(y), 0.5 * tensor(x).double() + 2 * tensor(h).double(), BUDGETS["fp32"])
+    step = dkc.solver_step(x, h, [0.0, 1.0, 0.5, 2.0, 0.0, 1.0, 0.0, 1.0])
+    assert_close(tensor(step.base), tensor(y).double(), BUDGETS["fp32"])
+
+
 def test_results_own_their_memory(cupy: Any, dkc: Any) -> None:
     x, weight = arrays(cupy, SHAPE, WEIGHT)
     y = dkc.spectral_conv(x, weight, precision="fp32")
@@ -141,7 +170,7 @@ def test_results_own_their_memory(cupy: Any, dkc: Any) -> None:
 
 
 def test_arrays_on_two_devices(cupy: Any, dkc: Any) -> None:
-    if torch.cuda.device_count() < 2:
+    if not DRY_RUN and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     (x,) = arrays(cupy, SHAPE)
     with cupy.cuda.Device(1):
@@ -160,13 +189,18 @@ def test_arrays_on_two_devices(cupy: Any, dkc: Any) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_backend_of_nvrtc(
-    shape: tuple[int, ...], time_dim: int, channel_dim: int, n: int, dtype: torch.dtype
+    served: None,
+    shape: tuple[int, ...],
+    time_dim: int,
+    channel_dim: int,
+    n: int,
+    dtype: torch.dtype,
 ) -> None:
     if _nvrtc.nvrtc()[0] is None:
         pytest.skip(str(_nvrtc.nvrtc()[1]))
     axes = {"time_dim": time_dim, "channel_dim": channel_dim, "n": n}
-    x = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
-    weight = torch.randn(shape[channel_dim], 5, 20, 2, device="cuda", requires_grad=True)
+    x = torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
+    weight = torch.randn(shape[channel_dim], 5, 20, 2, device=DEVICE, requires_grad=True)
     exact = oracle.spectral_conv(x, weight, **axes)
     g = torch.randn_like(exact).to(dtype)
     budget = BUDGETS["fp32"] if dtype == torch.float32 else IO_BUDGET
@@ -179,8 +213,17 @@ def test_the_backend_of_nvrtc(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_first_call_under_capture_says_what_to_do(backend: str) -> None:
-    x = torch.randn(3, 77, device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="once before the capture"), torch.cuda.graph(graph):
+def test_a_first_call_under_capture_says_what_to_do(
+    backend: str, served: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(3, 77, device=DEVICE)
+    if DRY_RUN:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(
+            _transforms,
+            "not_while_capturing",
+            lambda _, what: _launch.not_while_capturing(torch.device("cuda"), what),
+        )
+    graph = cuda().CUDAGraph()
+    with pytest.raises(RuntimeError, match="once before the capture"), cuda().graph(graph):
         dk.truncated_rfft(x, 7, backend=backend)

@@ -12,7 +12,7 @@ import torch
 import dsno_kernels as dk
 from tests import oracle
 from tests.helpers import BUDGETS, IO_BUDGET, assert_close
-from tests.on_device import DEVICE, DRY_RUN, cuda, marks, serving, sized
+from tests.on_device import DEVICE, DRY_RUN, cuda, marks, needs_memory, serving, sized
 
 pytestmark = marks
 
@@ -123,12 +123,12 @@ def test_work_runs_on_the_current_stream(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_offsets_beyond_2_to_the_31_elements(backend: str) -> None:
-    if cuda().mem_get_info()[0] < 24 * 2**30:
-        pytest.skip("needs 24 GiB of free GPU memory")
+    needs_memory(24)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    x = torch.empty(9, 4, 64, 1024, 1024, device=DEVICE, dtype=torch.bfloat16)
+    shape = sized(9, 4, 64, 1024, 1024)
+    x = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16)
     x[-1].normal_()
-    weight = torch.randn(64, 1, 2, 2, device=DEVICE) / 8
+    weight = torch.randn(shape[2], 1, 2, 2, device=DEVICE) / 8
     y = dk.spectral_conv(x, weight, backend=backend)[-1:]
     tail = slice(-2, None)
     assert_close(y[:, :, :, tail], oracle.spectral_conv(x[-1:, :, :, tail], weight), IO_BUDGET)
@@ -136,10 +136,9 @@ def test_offsets_beyond_2_to_the_31_elements(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", serving("truncated_rfft"))
 def test_transforms_beyond_2_to_the_31_elements(backend: str) -> None:
-    if cuda().mem_get_info()[0] < 24 * 2**30:
-        pytest.skip("needs 24 GiB of free GPU memory")
+    needs_memory(24)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    x = torch.empty(5, 8, 1 << 26, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.empty(sized(5, 8, 1 << 26), device=DEVICE, dtype=torch.bfloat16)
     x[-1, :, -64:].normal_()
     spectrum = dk.truncated_rfft(x, 1, dim=1, backend=backend)[-1:, :, -64:]
     exact = torch.fft.rfft(x[-1:, :, -64:].double(), dim=1)[:, :1]

@@ -1,5 +1,5 @@
 """The integrator steps on a CUDA device: parity with the formulas, one CUDA graph for 20 steps,
-noise, streams, tensors beyond 2^31 elements, CuPy arrays.
+noise, streams, tensors beyond 2^31 elements. CuPy arrays are in test_gpu_cupy.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 import dsno_kernels as dk
 from dsno_kernels.backends import reference_steps
 from tests.helpers import FLOAT64, IO_BUDGET, assert_close
-from tests.on_device import DEVICE, DRY_RUN, cuda, marks, serving
+from tests.on_device import DEVICE, DRY_RUN, cuda, marks, needs_memory, serving
 from tests.test_exp_step import STEP, formula
 from tests.test_solver_step import NOISE_ROW, row_of
 from tests.test_solver_step import formula as solver_formula
@@ -176,12 +176,11 @@ def test_work_runs_on_the_current_stream(backend: str) -> None:
     assert_close(y, 4 + 3 * h.double().cpu(), STEP)
 
 
-@pytest.mark.parametrize("backend", [name for name in KERNELS if name in ("cuda", "cupy")])
+@pytest.mark.parametrize("backend", [n for n in KERNELS if DRY_RUN or n in ("cuda", "cupy")])
 def test_more_than_two_to_the_31_elements(backend: str) -> None:
     """bfloat16, so that x, history and result take 13 GB."""
-    n = 2**31 + 1031
-    if torch.cuda.mem_get_info()[0] < 8 * n:
-        pytest.skip("needs 17 GB of free memory")
+    needs_memory(16)
+    n = 2 ** (11 if DRY_RUN else 31) + 1031
     x = torch.ones(1, n, dtype=torch.bfloat16, device=DEVICE)
     h = torch.ones_like(x)
     x[0, -1], h[0, -2] = 3.0, 5.0
@@ -190,18 +189,3 @@ def test_more_than_two_to_the_31_elements(backend: str) -> None:
         assert y[0, -3:].tolist() == [0.75, 1.75, 1.75]
         assert y[0, :: 2**20].eq(0.75).all()
         del y
-
-
-@pytest.mark.skipif(DRY_RUN, reason="CuPy needs a GPU")
-def test_cupy_arrays() -> None:
-    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-    import dsno_kernels.cupy as dkc
-
-    x, h = (cupy.asarray(torch.randn(3, 35).numpy()) for _ in range(2))
-    y = dkc.exp_step(x, [h], [0.5, 2.0])
-    assert isinstance(y, cupy.ndarray)
-    assert_close(
-        torch.from_numpy(y.get()), torch.from_numpy((0.5 * x + 2 * h).get()).double(), STEP
-    )
-    step = dkc.solver_step(x, h, [0.0, 1.0, 0.5, 2.0, 0.0, 1.0, 0.0, 1.0])
-    assert_close(torch.from_numpy(step.base.get()), torch.from_numpy(y.get()).double(), STEP)

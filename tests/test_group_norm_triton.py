@@ -8,9 +8,6 @@ import concurrent.futures
 import functools
 import multiprocessing
 import os
-import pathlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -23,12 +20,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from dsno_kernels.backends import triton as backend
 from dsno_kernels.backends.triton import configs, group_norm, launch
-from tests import triton_aot
+from tests import interpreter, triton_aot
 from tests.test_triton_aot import SHARED
 from tests.test_triton_launch import by_position, doubled
 from tests.triton_aot import Launch
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 # Channels, side and groups: CIFAR-10 and ImageNet-64 (both also with a skip beside), the smallest
 # group, and one of odd sizes, whose addresses are not aligned.
@@ -61,16 +56,7 @@ def both_passes(x: Tensor, groups: int, modulation: Tensor | None, silu: bool) -
 
 
 def test_every_kernel_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-    }
-    done = subprocess.run(
-        [*command, "tests/group_norm_interpreted.py"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    interpreter.run_tests("tests/group_norm_interpreted.py")
 
 
 @pytest.mark.slow

@@ -1,11 +1,10 @@
-"""`make gpu` without a GPU: its timing, journal and stages, and dry runs of what they start."""
+"""`make gpu` without a GPU: timing, journal and stages; test_dry_run.py runs what they start."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 import torch
 
 from benchmarks import (
-    bench_exp_step,
     compile_ahead,
     events,
     gpu,
@@ -28,19 +26,6 @@ from tests import gpu_sanitizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-
-
-def dry_run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "DSNO_KERNELS_DRY_RUN": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "PYTEST_ADDOPTS": "",
-    }
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
 
 
 def parameters(function: Any) -> list[str]:
@@ -97,9 +82,24 @@ def test_only_the_call_itself_is_timed_and_its_caches_are_cold(
     assert found["baseline_seconds"] == pytest.approx(1.0)
     assert found["ratio"] == found["ratio_q1"] == found["ratio_q3"] == pytest.approx(4)
     assert found["rounds"] >= events.ROUNDS[0]
+    assert not found["host_bound"] and not found["baseline_host_bound"]
     one_round = ["chill", "mark", "eager", "mark", "chill", "mark", "call", "mark"]
     rounds = clock.log[-len(one_round) * found["rounds"] :]
     assert rounds == one_round * found["rounds"]
+
+
+def test_an_entry_says_where_the_host_takes_longer_than_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+
+    def slow_to_start() -> None:
+        time.sleep(2e-3)
+        clock.work("call", 1e-3)
+
+    found = events.time_beside(slow_to_start, lambda: clock.work("eager", 1e-2), CPU)
+    assert found["host_bound"] and found["host_seconds"] > found["seconds"]
+    assert not found["baseline_host_bound"]
 
 
 def test_the_buffer_is_read_for_as_long_as_the_host_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,89 +314,6 @@ def test_arguments_that_make_no_sense(
     assert gpu.main(["--out", str(tmp_path)]) == 2
     assert "sees no CUDA device" in capsys.readouterr().out
     assert not (tmp_path / "gpu.log").exists()
-
-
-def test_a_dry_run_measures_and_reports(tmp_path: Path) -> None:
-    """Machine, a benchmark without pytest-benchmark, the results file, tables and a plot."""
-    only = ["info", "bench_overhead", "memcheck", "report"]
-    options = [option for name in only for option in ("--only", name)]
-    done = dry_run("benchmarks/gpu.py", "--dry-run", "--out", str(tmp_path), *options)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    content = json.loads((tmp_path / "dry-run.json").read_text())
-    assert content["machine_info"]["gpu"] == "Dry Run"
-    assert set(content["machine_info"]["gemm_gflops"]) == {"fp32", "bf16x3", "tf32", "bf16"}
-    entries = [entry["extra_info"] for entry in content["benchmarks"]]
-    assert {"overhead", "truncated_rfft", "truncated_irfft"} == {e["op"] for e in entries}
-    timed = [entry for entry in entries if entry["op"] != "overhead"]
-    assert all(entry["timing"].startswith("device events") for entry in timed)
-    assert "Dry Run" in (tmp_path / "gpu_tables.md").read_text()
-    assert "--tool memcheck --report-api-errors no" in (tmp_path / "gpu.log").read_text()
-
-
-# What of each file a dry run must keep: its peers, both passes, guidance, and the host's time.
-KEPT = {
-    "bench_spectral_conv": [
-        *("cifar_b32_32-", "t16_32_c256_k8-", "fno_k32-", "torch.compile(eager)-forward"),
-        *(f"-{precision}-dsno_kernels[cpu]-forward_b" for precision in peers.PRECISIONS["cuda"]),
-        *(f"-{peer.name.replace(' ', '_')}-" for peer in peers.PEERS if peer.when == peers.SOME),
-    ],
-    "bench_model": ["small-", "small_classes-", "CUDA graph", "one_graph"],
-    "bench_exp_step": [
-        *(
-            f"{peer}-{step}-1]"
-            for peer in bench_exp_step.SCHEDULERS
-            for step in ("plain", "guided")
-        ),
-        *("eager-guided-1]", "torch.compile-plain-1]", "overhead[diffusers DEIS-3-guided]"),
-    ],
-    "bench_schedulers": [
-        *(f"[{kind}-64" for kind in ("scheduler", "scheduler_loop")),
-        *("diffusers UniPC-3-guided-1]", "overhead[diffusers DEIS-3]"),
-    ],
-}
-
-
-@pytest.mark.parametrize("name", KEPT)
-def test_a_dry_run_takes_every_path_and_compiles_once(name: str, tmp_path: Path) -> None:
-    made = {stage.name: stage for stage in gpu.stages(tmp_path, tune=False, dry_run=True)}
-    attempted = ["--attempted", str(tmp_path / "attempted"), "--collect-only"]
-    done = dry_run(*made[name].command[1:], *attempted)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    chosen = [line for line in done.stdout.splitlines() if "::" in line]
-    for part in KEPT[name]:
-        assert any(part in line for line in chosen), part
-    assert len(chosen) < 140
-    assert sum("torch.compile" in line for line in chosen) <= 2  # one function, both passes
-
-
-def test_the_spectral_convolution_is_measured_in_a_dry_run(tmp_path: Path) -> None:
-    path = tmp_path / "gpu.jsonl"
-    chosen = "fno_k32 and forward_backward and not compile"
-    done = dry_run(
-        *("-m", "pytest", "benchmarks/bench_spectral_conv.py", "-q", "-p", "no:benchmark"),
-        *("--device", "cpu", "--journal", str(path), "-k", chosen),
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    entries = [line["extra_info"] for line in journal.read(path) if "extra_info" in line]
-    ours = {e["precision"]: e for e in entries if e["peer"] == "dsno_kernels[cpu]"}
-    assert set(ours) == set(peers.PRECISIONS["cuda"])
-    shape = next(s for s in shapes.GPU_SHAPES if s.name == "fno_k32").small()
-    assert ours["fp32"]["bytes"] == shape.least_bytes("forward_backward")
-    assert ours["bf16_io"]["bytes"] == shape.least_bytes("forward_backward", itemsize=2)
-    for entry in ours.values():
-        assert entry["chosen"] and entry["graph_seconds"] >= 0 and entry["peak_ratio"] == 1
-        assert entry["share_of_limit"] == pytest.approx(entry["limit_seconds"] / entry["seconds"])
-    assert ours["bf16_io"]["errors"]["y"] > 1e-4  # x and y are rounded indeed
-
-
-def test_the_gpu_tests_pass_in_a_dry_run() -> None:
-    files = ("test_gpu.py", "test_gpu_device.py", "test_gpu_properties.py")
-    done = dry_run(
-        *("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"),
-        *(f"tests/{name}" for name in files),
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
 
 
 def test_the_sanitizer_script_checks_what_it_runs(

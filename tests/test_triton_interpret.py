@@ -1,6 +1,4 @@
-"""The Triton kernels in Triton's interpreter, in a process of their own: the decorator decides when
-it is imported.
-"""
+"""The Triton kernels in Triton's interpreter, and when the backend imports Triton."""
 
 from __future__ import annotations
 
@@ -15,30 +13,25 @@ import torch
 import dsno_kernels as dk
 from dsno_kernels.backends import Request
 from dsno_kernels.backends import triton as backend
+from tests import interpreter
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_every_kernel_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "tests/triton_interpreted.py",
-    ]
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-    }
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    interpreter.run_tests("tests/triton_interpreted.py")
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "expected"),
+    [("3.6.0", "2.4.0", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.4.0", False)],
+)
+def test_where_the_interpreter_fails(
+    triton: str, numpy: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {"triton": triton, "numpy": numpy}
+    monkeypatch.setattr("importlib.metadata.version", versions.__getitem__)
+    assert (interpreter.broken() is not None) is expected
 
 
 def test_importing_the_package_does_not_import_triton() -> None:

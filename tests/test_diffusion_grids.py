@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -90,6 +91,13 @@ def test_official_grids() -> None:
     assert time_grid(DDPM, 4, "linspace").tolist() == [999, 749, 500, 250, 0]
 
 
+def test_orders_and_steps_of_other_types() -> None:
+    """A karras grid of order 5 is one of rho; NumPy's integers count as well as Python's."""
+    expected = time_grid(EDM(), 6, "rho", order=5)
+    assert torch.equal(time_grid(EDM(), np.int64(6), "karras", order=torch.tensor(5)), expected)
+    assert torch.equal(time_grid(EDM(), 6, "quadratic", 3), time_grid(EDM(), 6, "power", 3))
+
+
 def test_append_zero() -> None:
     grid = time_grid(EDM(), 5, "karras", append_zero=True)
     assert torch.equal(grid[:-1], time_grid(EDM(), 4, "karras"))
@@ -105,6 +113,12 @@ def test_append_zero() -> None:
         (lambda: time_grid(EDM(), 2.5), TypeError, "steps must be an integer"),
         (lambda: time_grid(EDM(), True), TypeError, "steps must be an integer"),
         (lambda: time_grid(EDM(), 4, "power", 0.0), ValueError, "order must be positive"),
+        (lambda: time_grid(EDM(), 4, "uniform", 3), ValueError, "'uniform' has no order.*power"),
+        (lambda: time_grid(EDM(), 4, "exponential", 3), ValueError, "'exponential' has no order"),
+        (lambda: time_grid(DDPM, 4, "leading", 3), ValueError, "'leading' has no order"),
+        (lambda: time_grid(EDM(), 4, "rho", "7"), TypeError, "order must be a real number"),
+        (lambda: time_grid(EDM(), 4, t_start="now"), TypeError, "t_start must be a real number"),
+        (lambda: time_grid(EDM(), 4, t_end=[0.1]), ValueError, "t_end must be one number"),
         (lambda: time_grid(EDM(), 4, t_end=90.0), ValueError, "t_end < t_start"),
         (lambda: time_grid(VPLinear(), 4, t_start=2.0), ValueError, "t_start <= 1.0"),
         (lambda: time_grid(EDM(), 4, "trailing"), ValueError, "DiscreteVP"),

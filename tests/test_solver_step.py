@@ -468,6 +468,18 @@ CUDA_LIKE = X.to("meta")
             lambda: dk.solver_step(X, X, ROW, threshold=(0.9, 1.0, "x")),
         ),
         (ValueError, r"shape \[2\]", lambda: dk.solver_step(X, X, ROW, seed=torch.tensor([1]))),
+        (TypeError, "clip must be two numbers", lambda: dk.solver_step(X, X, ROW, clip=1.0)),
+        (TypeError, "clip must be two numbers", lambda: dk.solver_step(X, X, ROW, clip=(1,))),
+        (TypeError, "clip must be two numbers", lambda: dk.solver_step(X, X, ROW, clip=("a", 1))),
+        (TypeError, "threshold must be", lambda: dk.solver_step(X, X, ROW, threshold=0.995)),
+        (
+            TypeError,
+            "threshold ratio must be a number, got 'a'",
+            lambda: dk.solver_step(X, X, ROW, threshold=("a", 1.0, "dpm_solver")),
+        ),
+        (TypeError, r"history must be .* give \(\)", lambda: dk.solver_step(X, X, ROW, None)),
+        (TypeError, "table must be numbers", lambda: dk.solver_step(X, X, 1.0)),
+        (ValueError, "output must have the shape of point", lambda: dk.solver_step(X, X.mT, ROW)),
         (ValueError, "with head", lambda: dk.solver_step(X, X, ROW, X[None], store=True)),
         (TypeError, "dtypes of results", lambda: dk.solver_step(X, X, ROW, input_dtype=torch.int8)),
         (
@@ -482,6 +494,30 @@ def test_refusals_say_what_is_wrong(
 ) -> None:
     with pytest.raises(kind, match=message):
         call()
+
+
+NOISE_ROW = [*ROW[:4], 1.0, *ROW[5:]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed"),
+    [
+        *((TypeError, seed) for seed in (5, True, (1.5, 2.5), "a", (1, True), {1: 2})),
+        *((ValueError, seed) for seed in ((5,), (1, 2, 3), (), (2**63, 0), (0, -(2**63) - 1))),
+    ],
+    ids=repr,
+)
+def test_a_seed_is_two_integers(kind: type[Exception], seed: Any) -> None:
+    """One number was read out of bounds."""
+    with pytest.raises(kind, match=r"two integers \(seed, offset\) from .*; got"):
+        dk.solver_step(X, X, NOISE_ROW, seed=seed)
+
+
+def test_seeds_of_all_kinds() -> None:
+    numbers = (2**63 - 1, -(2**63))
+    expected = dk.solver_step(X, X, NOISE_ROW, seed=torch.tensor(numbers)).base
+    for seed in (numbers, list(numbers), tuple(np.int64(number) for number in numbers)):
+        assert torch.equal(dk.solver_step(X, X, NOISE_ROW, seed=seed).base, expected)
 
 
 @pytest.mark.parametrize("column", range(10))

@@ -88,6 +88,21 @@ def test_both_published_definitions(max_value: float, definition: str, backend: 
     assert_close(low, published(x.double(), 0.9, max_value, definition), 1e-2)
 
 
+@pytest.mark.parametrize("backend", STEP_BACKENDS)
+def test_samples_of_one_element_need_no_axis(backend: str) -> None:
+    """A tensor [B] raised an IndexError."""
+    x = torch.tensor([0.25, -3.0, 1.5, -0.5], requires_grad=True)
+    y = dk.dynamic_threshold(x, 0.9, 1.0, backend=backend)
+    assert y.tolist() == [0.25, -1.0, 1.0, -0.5]
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(published(x[:, None], 0.9, 1.0, "dpm_solver").sum(), x)
+    assert torch.equal(grad, expected)
+    row, threshold = [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0], (0.9, 1.0, "dpm_solver")
+    step = dk.solver_step(x.detach(), x.detach(), row, threshold=threshold, backend=backend)
+    assert torch.equal(step.base, y)
+    assert dk.dynamic_threshold(x[:0], backend=backend).shape == (0,)
+
+
 def test_gradients_are_those_of_torch_quantile() -> None:
     for scale in (0.2, 3.0):  # s is max_value; s is the quantile
         x = (scale * torch.randn(2, 3, 5, dtype=torch.float64)).requires_grad_()
@@ -141,6 +156,8 @@ X = torch.zeros(2, 3)
     ("kind", "message", "call"),
     [
         (TypeError, "x0 must be real", lambda: dk.dynamic_threshold(X.long())),
+        (TypeError, "ratio must be a number", lambda: dk.dynamic_threshold(X, "0.9")),
+        (TypeError, "max_value must be a number", lambda: dk.dynamic_threshold(X, 0.9, None)),
         (ValueError, "ratio must be in 0..1", lambda: dk.dynamic_threshold(X, 1.5)),
         (ValueError, "max_value must be positive", lambda: dk.dynamic_threshold(X, 0.5, 0.0)),
         (ValueError, "at least 1", lambda: dk.dynamic_threshold(X, 0.5, 0.5, "diffusers")),

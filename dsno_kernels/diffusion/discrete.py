@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsno_kernels.diffusion.processes import VP, as_float64
+from dsno_kernels.diffusion.processes import VP, as_float64, integer, outside_inference_mode
 
 
 class DiscreteVP(VP):
@@ -17,6 +17,8 @@ class DiscreteVP(VP):
 
     Args:
         alphas_cumprod: alpha^2 at the integer times, ``(n,)``, strictly decreasing inside (0, 1).
+
+    Equal values are equal processes, and share plans.
 
     Raises:
         TypeError: not real numbers. ValueError: not such a sequence.
@@ -32,7 +34,7 @@ class DiscreteVP(VP):
     t_min = 0.0
     t_zero = -1.0
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def __init__(self, alphas_cumprod: Tensor | np.ndarray | Sequence[float]) -> None:
         given = as_float64("alphas_cumprod", alphas_cumprod).cpu()
         values = given.detach()
@@ -49,18 +51,19 @@ class DiscreteVP(VP):
     @classmethod
     def linear(cls, n: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteVP:
         """beta from beta_start to beta_end in equal steps (DDPM)."""
-        return cls.from_betas(np.linspace(beta_start, beta_end, n))
+        return cls.from_betas(np.linspace(beta_start, beta_end, _count(n)))
 
     @classmethod
     def scaled_linear(
         cls, n: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> DiscreteVP:
         """sqrt(beta) in equal steps (latent diffusion)."""
-        return cls.from_betas(np.linspace(beta_start**0.5, beta_end**0.5, n) ** 2)
+        return cls.from_betas(np.linspace(beta_start**0.5, beta_end**0.5, _count(n)) ** 2)
 
     @classmethod
     def squaredcos_cap_v2(cls, n: int = 1000, max_beta: float = 0.999) -> DiscreteVP:
         """The ratios of squared cosines, capped (improved DDPM)."""
+        n = _count(n)
         signal = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * (np.pi / 2)) ** 2
         return cls.from_betas(np.minimum(1 - signal[1:] / signal[:-1], max_beta))
 
@@ -72,8 +75,18 @@ class DiscreteVP(VP):
     def __repr__(self) -> str:
         return f"DiscreteVP(n={len(self.alphas_cumprod)})"
 
+    def _values(self) -> tuple[float, bytes]:
+        return self.t_max, self.alphas_cumprod.detach().cpu().numpy().tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
     def plain(self) -> bool:
-        return not self.alphas_cumprod.requires_grad
+        given = vars(self).keys() == {"alphas_cumprod", "t_max"}
+        return given and not self.alphas_cumprod.requires_grad
 
     def kinks(self) -> Tensor:
         return -0.5 * torch.log(torch.expm1(self._exponents.detach()))
@@ -98,3 +111,11 @@ class DiscreteVP(VP):
         inside = low + (exponent - y[low]) / (y[low + 1] - y[low])
         power = -torch.expm1(-torch.where(first, exponent, y[0])) / (1 - self.alphas_cumprod[0])
         return torch.where(first, power.sqrt() - 1, inside)
+
+
+def _count(n: object) -> int:
+    """The number of times of a discrete model."""
+    number = integer("n", n)
+    if number < 2:
+        raise ValueError(f"n must be at least 2, got {n}")
+    return number

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsno_kernels.diffusion.discrete import DiscreteVP
-from dsno_kernels.diffusion.processes import Process, Real, as_float64
+from dsno_kernels.diffusion.processes import Process, Real, as_float64, integer, one_number
 
 KINDS = (
     *("uniform", "quadratic", "power", "log_snr", "exponential", "rho", "karras", "beta"),
@@ -18,7 +18,7 @@ KINDS = (
 # A last bit beyond t_max, from a power and its root, say, is no mistake.
 _SLACK = 1e-12
 _DISCRETE = ("trailing", "leading", "linspace")
-_DEFAULT_ORDER = {"quadratic": 2.0, "karras": 7.0, "beta": 0.6}
+_DEFAULT_ORDER = {"quadratic": 2.0, "power": 1.0, "rho": 1.0, "karras": 7.0, "beta": 0.6}
 
 
 def time_grid(
@@ -50,7 +50,8 @@ def time_grid(
         process: gives the range of times; the last three kinds need a `DiscreteVP`.
         steps: N.
         kind: one of the above.
-        order: o of "power", "rho" and "beta"; 1 by default, or as said above.
+        order: o of "power", "rho" and "beta"; 1 by default, or as said above. "quadratic" and
+            "karras" take another one as well; the other kinds have none.
         t_start, t_end: the ends; `process.t_max` and `process.t_min` by default.
         append_zero: let the last step go to sigma = 0 (`process.t_zero`), after N - 1 steps of the
             grid, as EDM does.
@@ -59,8 +60,9 @@ def time_grid(
         float64, ``(N + 1,)``, strictly decreasing.
 
     Raises:
-        ValueError: an unknown kind (lists the known ones), N < 1, ends outside of the process, or
-            rounded times that coincide.
+        TypeError: arguments of a wrong type.
+        ValueError: an unknown kind (lists the known ones), N < 1, an order for a kind without one,
+            ends outside of the process, or rounded times that coincide.
 
     Source: DEIS (arXiv 2204.13902), section 4; EDM (arXiv 2206.00364), equation 5; arXiv 2305.08891
     (trailing); arXiv 2407.12173 (beta).
@@ -71,22 +73,20 @@ def time_grid(
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of time grid {kind!r}; known are {', '.join(KINDS)}")
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an integer, got {steps!r}")
+    steps = integer("steps", steps)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    o = _DEFAULT_ORDER.get(kind, 1.0) if order is None else float(order)
-    if not (o > 0 and math.isfinite(o)):
-        raise ValueError(f"order must be positive and finite, got {order}")
+    o = _order(kind, order)
     low, high = time_range(process)
-    end = float(process.t_min if t_end is None else t_end)
+    end = one_number("t_end", process.t_min if t_end is None else t_end)
+    t_end = None if t_end is None else end
     inner = steps - append_zero
     if kind in _DISCRETE:
         if t_start is not None:
             raise ValueError(f"kind {kind!r} starts where it does; leave t_start out")
         times = _discrete(process, max(inner, 1), kind, t_end)[: inner + 1]
     else:
-        start = float(process.t_max if t_start is None else t_start)
+        start = one_number("t_start", process.t_max if t_start is None else t_start)
         if not low <= end < start <= high:
             raise ValueError(
                 f"{low} <= t_end < t_start <= {high} is required of {process}, got "
@@ -100,6 +100,20 @@ def time_grid(
             raise ValueError(f"sigma is 0 at t_end={end} already; leave append_zero out")
         times = torch.cat([times, times.new_tensor([process.t_zero])])
     return check_times(process, times)
+
+
+def _order(kind: str, order: float | None) -> float:
+    if order is None:
+        return _DEFAULT_ORDER.get(kind, 1.0)
+    if kind not in _DEFAULT_ORDER:
+        raise ValueError(
+            f"kind {kind!r} has no order, got order={order!r}: leave it out, or take one of"
+            f" {', '.join(_DEFAULT_ORDER)}"
+        )
+    o = one_number("order", order)
+    if not (o > 0 and math.isfinite(o)):
+        raise ValueError(f"order must be positive and finite, got {order}")
+    return o
 
 
 def check_times(process: object, times: object, name: str = "grid") -> Tensor:

@@ -31,7 +31,7 @@ from dsno_kernels.diffusion._table import (
     numbers,
 )
 from dsno_kernels.diffusion.grids import check_range, check_times, stacked
-from dsno_kernels.diffusion.processes import Process
+from dsno_kernels.diffusion.processes import Process, outside_inference_mode
 from dsno_kernels.diffusion.solvers import find
 from dsno_kernels.diffusion.solvers._problem import Churn
 
@@ -66,7 +66,7 @@ class SolverPlan:
     _given_model_times: bool
 
     @classmethod
-    @torch.inference_mode(False)  # a shared plan must not hold inference tensors
+    @outside_inference_mode  # a shared plan must not hold inference tensors
     def build(
         cls,
         process: Any,
@@ -110,7 +110,7 @@ class SolverPlan:
 
         Returns:
             The plan; the same object for equal arguments, when neither times nor process need
-            gradients.
+            gradients and the process is compared by its values (:meth:`Process.plain`).
 
         Raises:
             TypeError: arguments of a wrong type. ValueError: times that are not finite, strictly
@@ -203,7 +203,7 @@ class SolverPlan:
         noise = self.column("s").detach()
         return bool((noise != 0).any()) or float(self.initial[1].detach()) != 0
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def reversed(self) -> SolverPlan:
         """The same solver from data to noise: the grid backwards.
 

@@ -14,14 +14,33 @@ derived from them.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Real = float | Tensor
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def outside_inference_mode(function: _Function) -> _Function:
+    """Make no inference tensors, which autograd refuses later; the gradient mode stays the caller's
+    (`torch.inference_mode(False)` alone turns it on).
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        recorded = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(recorded):
+            return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def as_float64(name: str, value: object) -> Tensor:
@@ -36,6 +55,13 @@ def as_float64(name: str, value: object) -> Tensor:
     if value.is_inference() and not torch.is_inference_mode_enabled():
         value = value.clone()
     return value.to(torch.float64)
+
+
+def integer(name: str, value: object) -> int:
+    """A Python or NumPy integer, no bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
 
 
 class Process(ABC):
@@ -88,9 +114,19 @@ class Process(ABC):
         return c_skip, rho * self.sigma_data * total.rsqrt(), total.rsqrt() / alpha
 
     def plain(self) -> bool:
-        """Whether equal processes have equal plans: it can be hashed and holds no tensor."""
-        tensors = any(isinstance(value, Tensor) for value in vars(self).values())
-        return type(self).__hash__ is not None and not tensors
+        """Whether equal processes have equal plans, which are then shared: it is a frozen dataclass
+        of numbers and strings, with no other attributes. Other processes get a new plan each time.
+        """
+        if not is_dataclass(self):
+            return False
+        made = self.__dataclass_params__
+        attributes = vars(self)
+        return (
+            made.frozen
+            and made.eq
+            and attributes.keys() == {field.name for field in fields(self) if field.compare}
+            and all(isinstance(value, (int, float, str)) for value in attributes.values())
+        )
 
 
 class VP(Process):
@@ -180,8 +216,8 @@ class VPCosine(Process):
         _ordered("t_min", self.t_min, "t_max", self.t_max)
         if self.t_max > 1:
             raise ValueError(f"t_max must be at most 1, got {self.t_max}")
-        if _number(self.s) < 0:
-            raise ValueError(f"s must be at least 0, got {_number(self.s)}")
+        if one_number("s", self.s) < 0:
+            raise ValueError(f"s must be at least 0, got {self.s}")
 
     @property
     def t_zero(self) -> float | None:  # type: ignore[override]
@@ -287,7 +323,7 @@ class EDM(Process):
 
     def __post_init__(self) -> None:
         _ordered("sigma_min", self.sigma_min, "sigma_max", self.sigma_max, positive=True)
-        if not self.sigma_data > 0:
+        if not one_number("sigma_data", self.sigma_data) > 0:
             raise ValueError(f"sigma_data must be positive, got {self.sigma_data}")
 
     @property
@@ -331,8 +367,8 @@ class FlowMatching(Process):
     t_max: float = 1.0
 
     def __post_init__(self) -> None:
-        if not _number(self.shift) > 0:
-            raise ValueError(f"shift must be positive, got {_number(self.shift)}")
+        if not one_number("shift", self.shift) > 0:
+            raise ValueError(f"shift must be positive, got {self.shift}")
         _ordered("t_min", self.t_min, "t_max", self.t_max)
         if self.t_max > 1:
             raise ValueError(f"t_max must be at most 1, got {self.t_max}")
@@ -355,11 +391,15 @@ class FlowMatching(Process):
 
 
 def _ordered(low: str, a: Real, high: str, b: Real, positive: bool = False) -> None:
-    x, y = _number(a), _number(b)
+    x, y = one_number(low, a), one_number(high, b)
     if not (x < y and (x > 0 if positive else x >= 0) and math.isfinite(y)):
         sign = "<" if positive else "<="
         raise ValueError(f"0 {sign} {low} < {high} is required, got {low}={x}, {high}={y}")
 
 
-def _number(value: Real) -> float:
-    return float(value.detach() if isinstance(value, Tensor) else value)
+def one_number(name: str, value: object) -> float:
+    """A number, or what a tensor of one element without axes holds."""
+    number = as_float64(name, value).detach()
+    if number.ndim:
+        raise ValueError(f"{name} must be one number, got shape {tuple(number.shape)}")
+    return float(number)

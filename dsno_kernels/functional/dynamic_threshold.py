@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsno_kernels.functional import checks
+from dsno_kernels.functional import checks, step_checks
 from dsno_kernels.ops import dynamic_threshold as _threshold
 
 
@@ -31,7 +31,7 @@ def dynamic_threshold(
     The quantile is found by selection, not by a sort, for samples of any size.
 
     Args:
-        x0: ``[B, ...]``, real, floating point, any strides.
+        x0: ``[B, ...]``, real, floating point, any strides; ``[B]`` is samples of one element.
         ratio: of the quantile, 0 to 1.
         max_value: positive; of "diffusers" at least 1.
         definition: "dpm_solver" or "diffusers".
@@ -79,6 +79,9 @@ def check_threshold(
     if definition not in _threshold.DEFINITIONS:
         names = ", ".join(map(repr, _threshold.DEFINITIONS))
         raise ValueError(f"unknown {prefix}definition {definition!r}; accepted: {names}")
+    for name, value in (("ratio", ratio), ("max_value", max_value)):
+        if not step_checks.is_number(value):
+            raise TypeError(f"{prefix}{name} must be a number, got {value!r}")
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"{prefix}ratio must be in 0..1, got {ratio!r}")
     least = 1.0 if definition == "diffusers" else 0.0

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,8 +120,9 @@ def solver_step(
     checks.real("point", point)
     name = checks.backend(backend)
     entries, ring_head = step_checks.history_entries(history, head, point)
-    step_checks.all_like(_NAMES, (output, *entries), point)
-    step_checks.all_like(_OPTIONAL, (unconditional, base, noise), point, optional=True)
+    step_checks.all_like(_NAMES, (output, *entries), point, of="point")
+    optional = (unconditional, base, noise)
+    step_checks.all_like(_OPTIONAL, optional, point, optional=True, of="point")
     if isinstance(table, Tensor):
         rows, index = step_checks.table_rows("table", table, index, point)
         values: list[float] = []
@@ -145,6 +147,11 @@ def solver_step(
         raise ValueError("noise and seed exclude each other: give one")
     low, high = _clip(clip, threshold)
     if threshold is not None:
+        if not isinstance(threshold, (tuple, list)) or len(threshold) != 3:
+            raise TypeError(
+                f"threshold must be (ratio, max_value, definition), got {threshold!r}: for example"
+                " (0.995, 1.0, 'dpm_solver')"
+            )
         ratio, max_value, definition = threshold
         check_threshold("threshold ", ratio, max_value, definition, point)
     step = _step.Step(
@@ -218,6 +225,11 @@ def _clip(
         return None, None
     if threshold is not None:
         raise ValueError("clip and threshold exclude each other: give one")
+    pair = isinstance(clip, (tuple, list)) and len(clip) == 2
+    if not pair or not all(step_checks.is_number(bound) for bound in clip):
+        raise TypeError(
+            f"clip must be two numbers (lowest, highest), got {clip!r}: for example (-1, 1)"
+        )
     low, high = clip
     if not low <= high:
         raise ValueError(f"clip must be (lowest, highest), got {clip!r}")
@@ -231,6 +243,7 @@ def _seed(seed: torch.Generator | Tensor | tuple[int, int], point: Tensor) -> Te
         drawn = torch.randint(2**63 - 1, (2,), generator=seed, device=seed.device)
         return drawn.to(point.device)
     if not isinstance(seed, Tensor):
+        _check_numbers_of_seed(seed)
         return torch.tensor(seed, dtype=torch.int64, device=point.device)
     if seed.dtype != torch.int64 or seed.shape != (2,):
         raise ValueError(
@@ -239,6 +252,23 @@ def _seed(seed: torch.Generator | Tensor | tuple[int, int], point: Tensor) -> Te
         )
     checks.same_device({"point": point, "seed": seed})
     return seed
+
+
+def _check_numbers_of_seed(seed: object) -> None:
+    error: type[Exception] | None = None
+    if not isinstance(seed, (tuple, list)) or not all(map(_is_integer, seed)):
+        error = TypeError
+    elif len(seed) != 2 or not all(-(2**63) <= value < 2**63 for value in seed):
+        error = ValueError
+    if error is not None:
+        raise error(
+            "seed must be a torch.Generator, a torch.int64 tensor of shape [2], or two integers"
+            f" (seed, offset) from -2^63 to 2^63 - 1; got {seed!r}"
+        )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _memory(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from dsno_kernels.ops.exp_step import records_graph
 MAX_HISTORY = 8
 ENTRIES = tuple(f"history[{i}]" for i in range(MAX_HISTORY))
 _REAL = frozenset(checks.REAL_DTYPES)
+_NUMBERS = (float, int, np.floating, np.integer)
 
 
 def history_entries(
@@ -28,6 +30,11 @@ def history_entries(
                 f" got {tuple(history.shape)}"
             )
         entries = list(history.unbind(0))
+    elif history is None or not hasattr(history, "__iter__"):
+        raise TypeError(
+            "history must be tensors, newest first, or one tensor [k, *x.shape]; got"
+            f" {type(history).__name__}: give () where there is none"
+        )
     else:
         entries = list(history)
         if head is not None:
@@ -68,10 +75,16 @@ def rows(
     return table, values if table is None else [], index
 
 
+def is_number(value: object) -> bool:
+    return isinstance(value, _NUMBERS)
+
+
 def numbers(name: str, coefficients: Sequence[float]) -> list[float]:
+    if coefficients is None or not hasattr(coefficients, "__iter__"):
+        raise TypeError(f"{name} must be numbers or one tensor, got {coefficients!r}: give a list")
     values = []
     for c in coefficients:
-        if not isinstance(c, (float, int)):
+        if not is_number(c):
             raise TypeError(f"{name} must be numbers or one tensor, got {c!r} among them")
         if not math.isfinite(c):
             raise ValueError(f"{name} must be finite, got {c!r}")
@@ -112,9 +125,15 @@ def table_rows(
 
 
 def all_like(
-    names: Sequence[str], values: Sequence[Tensor | None], x: Tensor, optional: bool = False
+    names: Sequence[str],
+    values: Sequence[Tensor | None],
+    x: Tensor,
+    optional: bool = False,
+    of: str = "x",
 ) -> None:
-    """Refuse what is no real tensor of the shape and on the device of x; None where `optional`."""
+    """Refuse what is no real tensor of the shape and on the device of x, which the caller knows as
+    `of`; None where `optional`.
+    """
     shape, device = x.shape, x.device
     for i, value in enumerate(values):
         if (value is None and optional) or (
@@ -131,9 +150,9 @@ def all_like(
         checks.real(name, value)
         if value.shape != shape:
             raise ValueError(
-                f"{name} must have the shape of x, {tuple(shape)}, got {tuple(value.shape)}"
+                f"{name} must have the shape of {of}, {tuple(shape)}, got {tuple(value.shape)}"
             )
-        checks.same_device({"x": x, name: value})
+        checks.same_device({of: x, name: value})
 
 
 def integer_tensor(name: str, value: Tensor, x: Tensor) -> None:
@@ -159,9 +178,29 @@ def target(name: str, x: Tensor, inputs: Sequence[Tensor | None]) -> Tensor:
             f"nothing writes into {name} under torch.func transforms or forward-mode AD: ask for"
             " new tensors"
         )
-    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(f"cannot write into {name}: its elements share memory")
+    if not x.is_contiguous() and _may_share_memory(x):
+        raise ValueError(
+            f"cannot write into {name}: its elements share memory, or are interleaved so that they"
+            f" might (shape {tuple(x.shape)}, strides {x.stride()}); ask for new tensors, or give"
+            " memory in which each stride exceeds the extent of the smaller ones"
+        )
     return x
+
+
+def _may_share_memory(x: Tensor) -> bool:
+    """Whether an axis steps no further than the axes of smaller strides reach. Memory that is not
+    shared may be laid out so too, as of shape (2, 3) and strides (3, 2), but no slice, transpose or
+    new tensor is.
+    """
+    axes = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    for i, (stride, _) in enumerate(axes):
+        reach = 0
+        for j, (other, size) in enumerate(axes):
+            if j != i and other <= stride:
+                reach += other * (size - 1)
+        if stride <= reach:
+            return True
+    return False
 
 
 def out_target(

@@ -33,6 +33,7 @@ op = define("abs_rank(Tensor x, SymInt rank, str backend) -> Tensor", _run, _fak
 
 def abs_quantile(x: Tensor, ratio: float, backend: str) -> Tensor:
     """The quantile of |x| in each sample, `[B]`, interpolated linearly as `torch.quantile` does."""
+    x = x[:, None] if x.ndim == 1 else x
     size = 1  # of a sample
     for length in x.shape[1:]:
         size = size * length

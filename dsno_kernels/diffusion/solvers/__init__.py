@@ -158,7 +158,8 @@ def find(name: str, order: int | None = None) -> Solver:
     """The solver of this name, with `order` as its number where the name has none.
 
     Raises:
-        ValueError: no such solver (lists the known ones), or a number that contradicts the name's.
+        ValueError: no such solver (lists the known ones), a degree above 7, or a number that
+            contradicts the name's.
     """
     full = name
     if order is not None and isinstance(name, str):
@@ -171,8 +172,14 @@ def find(name: str, order: int | None = None) -> Solver:
         if candidate in _SOLVERS:
             return _SOLVERS[candidate]
     family = re.fullmatch(r"(tab|rhoab|logrhoab)(\d+)", str(full))
-    if family and int(family[2]) <= _MAX_DEGREE:
-        return _degree(family[1], int(family[2]))
+    if family:
+        degree = int(family[2])
+        if degree > _MAX_DEGREE:
+            raise ValueError(
+                f"the degree of solver {family[1]!r} must be at most {_MAX_DEGREE}, got {degree}:"
+                " a row reads no more than 8 history entries"
+            )
+        return _degree(family[1], degree)
     raise ValueError(f"unknown solver {full!r}; known are {', '.join(_SOLVERS)}")
 
 

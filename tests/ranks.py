@@ -12,11 +12,25 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+def processes() -> Any:
+    """What starts processes for tests: forks of a server that has imported what takes seconds and
+    has computed nothing.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["dsno_kernels.training.loop", "torch._dynamo", "matplotlib.figure", "safetensors.torch"]
+    )
+    return context
+
+
 def run(worker: Callable[..., Any], folder: Path, *args: Any, world: int = 2) -> list[Any]:
     """`worker(*args)` in `world` processes of one group; what each returned, in order of rank."""
     meeting = folder / "meeting"
     meeting.unlink(missing_ok=True)
-    mp.spawn(_one, (worker, folder, world, args), nprocs=world)  # type: ignore[no-untyped-call]
+    processes()
+    mp.start_processes(  # type: ignore[no-untyped-call]
+        _one, (worker, folder, world, args), nprocs=world, start_method="forkserver"
+    )
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
 
 

@@ -45,7 +45,7 @@ def save(path: Path, state: State, step: int, identity: Mapping[str, Any]) -> No
     """Write the state after `step` updates; called by all processes, written by the first.
 
     Raises:
-        CommandError: the file cannot be written; an earlier one is as it was.
+        OSError: the file cannot be written; an earlier one is as it was.
     """
     gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model: dict[str, Any] = get_model_state_dict(state.model, options=gather)
@@ -59,13 +59,7 @@ def save(path: Path, state: State, step: int, identity: Mapping[str, Any]) -> No
     tensors |= {f"average.{name}": value for name, value in average.items()}
     for name, values in optimizer["state"].items():
         tensors |= {f"optimizer.{key}.{name}": value for key, value in values.items()}
-    try:
-        write_tensors(path, tensors, {"step": step, "identity": dict(identity)})
-    except OSError as error:
-        raise CommandError(
-            f"{path} cannot be written ({error.strerror}); {earlier(path)}; make room, and the same"
-            " command continues"
-        ) from None
+    write_tensors(path, tensors, {"step": step, "identity": dict(identity)})
 
 
 def restore(path: Path, state: State, identity: Mapping[str, Any]) -> int:
@@ -116,18 +110,27 @@ def _read(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], i
     try:
         tensors, metadata = read_tensors(path)
         saved, step = json.loads(metadata["identity"]), int(metadata["step"])
-    except (ModelFileError, KeyError, ValueError) as error:
+    except (ValueError, KeyError) as error:  # of the file, its JSON, or what is in it
         raise CommandError(
             f"{path} cannot be continued ({error}); remove it, or give another --out"
         ) from None
-    wanted = json.loads(json.dumps(dict(identity)))
-    for name, value in wanted.items():
-        if saved.get(name) != value:
+    before, now = _flat(saved), _flat(json.loads(json.dumps(dict(identity))))
+    for name, value in now.items():
+        if before.get(name) != value:
             raise CommandError(
-                f"{path} is of another run: {name} was {saved.get(name)!r}, now it is {value!r};"
+                f"{path} is of another run: {name} was {before.get(name)!r}, now it is {value!r};"
                 " give the options of that run, or another --out"
             )
     return tensors, step
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A mapping of mappings as one, with names like "config.channels"."""
+    flat = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
 
 
 def _fill(state: State, tensors: dict[str, Tensor]) -> None:

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 
 from dsno_kernels.models import DSNO
@@ -43,11 +45,14 @@ def started(device: str = "auto") -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield chosen
         return
+    # Where torchrun starts dead processes again, its store still holds their addresses.
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl", device_id=chosen)
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=size, device_id=chosen)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     try:
         yield chosen
     finally:

@@ -88,6 +88,11 @@ def fit(
             return _run(model, task, options, path, metadata)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{checkpoint.earlier(path)}; the same command continues") from None
+    except OSError as error:
+        raise CommandError(
+            f"{error.filename or out}: {error.strerror}; {checkpoint.earlier(path)}; when that is"
+            " mended, the same command continues"
+        ) from None
 
 
 def _run(
@@ -97,7 +102,7 @@ def _run(
     result = copy.deepcopy(model).to("meta")
     average = AveragedModel(model)
     called = distributed.parallelize(model.train(), options.parallel)
-    if called is model and distributed.size() > 1:  # sharded
+    if distributed.size() > 1 and options.parallel == "fsdp":
         distributed.shard(average.module)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=options.learning_rate, betas=options.betas, fused=True

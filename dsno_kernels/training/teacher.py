@@ -121,6 +121,8 @@ def train(
         >>> teacher = train(images.digits(), config, DEFAULTS, Path("teacher"))
     """
     level = float(data.images.std()) if sigma_data is None else sigma_data
+    if not level > 0.0:
+        raise CommandError("the images are all the same, of one value; give --sigma-data")
     identity = {
         "config": asdict(config),
         "data": data.fingerprint(),

@@ -11,6 +11,7 @@ from benchmarks.report_data import (
     NOT_MEASURED,
     PASS_TITLES,
     PRECISIONS,
+    Entry,
     Result,
     caption,
     cases,
@@ -231,6 +232,14 @@ def targets_gpu(results: list[Result]) -> str:
     return table(head if results else (*head, "measured"), rows)
 
 
+def _waiting(entry: Entry, whose: str = "") -> str:
+    """A time, and whether calls in a row take the longer time of the host."""
+    time = milliseconds(entry[f"{whose}seconds"])
+    if not entry.get(f"{whose}host_bound"):
+        return time
+    return f"{time} (host-bound: {milliseconds(entry[f'{whose}host_seconds'])})"
+
+
 def model(results: list[Result]) -> str:
     """Whole models, and their temporal layers alone, beside the form of the official project."""
     parts = []
@@ -241,8 +250,8 @@ def model(results: list[Result]) -> str:
                 entry["peer"],
                 entry["precision"],
                 PASS_TITLES[entry["direction"]],
-                milliseconds(entry["baseline_seconds"]),
-                milliseconds(entry["seconds"]),
+                _waiting(entry, "baseline_"),
+                _waiting(entry),
                 f"**{entry['ratio']:.2f}x**",
             )
             for op in MODEL

@@ -20,6 +20,8 @@ from benchmarks import (
     host_cuda,
     journal,
     peers,
+    report_data,
+    report_tables,
     shapes,
 )
 from tests import gpu_sanitizer
@@ -100,6 +102,13 @@ def test_an_entry_says_where_the_host_takes_longer_than_the_device(
     found = events.time_beside(slow_to_start, lambda: clock.work("eager", 1e-2), CPU)
     assert found["host_bound"] and found["host_seconds"] > found["seconds"]
     assert not found["baseline_host_bound"]
+    what = {"op": "model", "shape": "m", "batch": 1, "precision": "fp32", "direction": "forward"}
+    source = report_data.Source("toaster", "0123456789", False, "2030-01-02T03:04:05")
+    entry = found | what | {"peer": "ours", "source": source}
+    entry |= {"seconds": 1e-3, "baseline_seconds": 1e-2, "host_seconds": 3e-3}
+    machine = {"device": "cuda", "gpu": "Abacus", "cuda": "13.0", "cores": 2, "torch": "2.0"}
+    table = report_tables.model([report_data.Result(machine, [entry])])
+    assert "| 10.0 ms | 1.00 ms (host-bound: 3.00 ms) |" in table
 
 
 def test_the_buffer_is_read_for_as_long_as_the_host_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ namespace {
 
 // Raised with every change of the signatures and plans below; dsno_kernels/backends/cuda.py expects
 // it.
-constexpr int kApi = 3;
+constexpr int kApi = 4;
 
 }  // namespace
 

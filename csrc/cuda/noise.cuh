@@ -7,8 +7,6 @@
 
 namespace dsno {
 
-using u64 = unsigned long long;
-
 struct PhiloxBlock {
     unsigned r0, r1, r2, r3;
 };

@@ -11,6 +11,8 @@
 
 namespace dsno {
 
+using u64 = unsigned long long;
+
 constexpr int kMaxTerms = 10;  // x, eight entries of history, noise
 constexpr int kMaxOrder = 8;   // entries of history of a solver step, the new one included
 constexpr int kMaxColumns = 2 * kMaxOrder + 6;

@@ -25,7 +25,7 @@ from dsno_kernels.backends._transforms import Plan
 from dsno_kernels.backends.cuda_steps import Steps
 
 # kApi of bind_cuda.cpp.
-_API = 3
+_API = 4
 
 
 @functools.lru_cache(maxsize=1)
@@ -103,3 +103,4 @@ _steps = Steps(_launch_step)
 exp_step = _steps.exp_step
 exp_step_backward = _steps.exp_step_backward
 solver_step = _steps.solver_step
+abs_rank = _steps.abs_rank

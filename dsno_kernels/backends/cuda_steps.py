@@ -37,18 +37,31 @@ _THREADS, _TERMS, _ORDER, _COLUMNS = 128, 10, 8, 22  # kThreads, kMaxTerms, kMax
 _BLOCKS = 16384
 _MAX_GRID = 2**31 - 1
 
+# Of abs_rank: the bits of infinity; elements that are worth a block, and blocks that fill a GPU (to
+# be measured); kCounts.
+_INFINITY = {
+    torch.float16: 0x7C00,
+    torch.bfloat16: 0x7F80,
+    torch.float32: 0x7F800000,
+    torch.float64: 0x7FF0 << 48,
+}
+_SHARE, _FILL, _COUNTS = 16384, 512, 257
+
 # Vectors of a thread in a round of exp_step_backward.
 _ROUNDS = {"f32_v4": 4, "any_v8": 2, "any_v1": 8, "f64_v2": 2, "f64_v1": 4}
 
 _DOTS = struct.Struct("<5q")
 _BACKWARD = struct.Struct(f"<{5 + 2 * (1 + 2 * _TERMS) + 8}q{_COLUMNS}d")
 _SOLVER_STEP = struct.Struct(f"<{8 + 2 * (13 + _ORDER) + 8}q{_COLUMNS + 3}d")
+_ABS_RANK = struct.Struct("<6qQ4q")
 _EXP_STEP = struct.Struct(f"<{5 + 2 * (2 + _TERMS) + 8}q{_COLUMNS}d")
 
 
 def source_of(kernel: str) -> str:
     """The file of a kernel in csrc/cuda."""
-    return next(f"{op}.cuh" for op in ("exp_step", "solver_step") if kernel.startswith(op))
+    return next(
+        f"{op}.cuh" for op in ("exp_step", "solver_step", "abs_rank") if kernel.startswith(op)
+    )
 
 
 def _data(x: Tensor | None) -> tuple[int, int]:
@@ -268,3 +281,27 @@ class Steps:
             None if dtype is None or x is None else x.to(dtype)
             for x, dtype in zip(outputs, dtypes, strict=True)
         ]
+
+    @torch.no_grad()
+    def abs_rank(self, x: Tensor, rank: int) -> Tensor:
+        x = x.contiguous()
+        if x.data_ptr() % 16:  # vectors count from the start of the tensor
+            x = x.clone()
+        samples, size, width = x.shape[0], x[0].numel(), x.element_size()
+        passes = width + ((size - 1).bit_length() + 7) // 8
+        parts = max(1, min(-(-size // _SHARE), _FILL // samples))
+        # One launch; or one for each digit, between which the blocks of a sample meet.
+        blocks = [1] if parts == 1 else [*[parts] * passes, 1]
+        kernel = f"abs_rank_w{width}" if parts == 1 else f"abs_rank_pass_w{width}"
+        places = x.new_empty((samples, 2), dtype=torch.int64)
+        shape = (0 if parts == 1 else passes, samples, 2)
+        counts = x.new_zeros((*shape, _COUNTS), dtype=torch.int64)
+        targets = x.new_empty((*shape, 3), dtype=torch.int64)
+        for digit, share in enumerate(blocks):
+            params = _ABS_RANK.pack(
+                samples, size, share, rank, passes, digit, 2 * _INFINITY[x.dtype],
+                *(t.data_ptr() for t in (x, counts, targets, places)),
+            )  # fmt: skip
+            grid = min(samples * share, _MAX_GRID)
+            self.launch(kernel, grid, params, [x, counts, targets, places])
+        return places

@@ -121,3 +121,4 @@ _steps = Steps(_launch_step)
 exp_step = _steps.exp_step
 exp_step_backward = _steps.exp_step_backward
 solver_step = _steps.solver_step
+abs_rank = _steps.abs_rank

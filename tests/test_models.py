@@ -161,6 +161,16 @@ def test_labels_and_one_hot_rows_mean_the_same() -> None:
     assert not torch.equal(out, model(x, logsnr, y + 1))
 
 
+def test_no_class_is_a_row_of_zeros() -> None:
+    model = jittered(DSNO(TINY_CLASSES)).eval()
+    x, logsnr, _ = inputs(TINY_CLASSES)
+    rows = torch.tensor([[0.0, 0, 0, 0, 0], [0, 0, 1, 0, 0]])
+    assert torch.equal(model(x, logsnr, torch.tensor([-1, 2])), model(x, logsnr, rows))
+    for wrong in (-2, 5):
+        with pytest.raises(RuntimeError, match="Class values"):
+            model(x, logsnr, torch.tensor([0, wrong]))
+
+
 def test_predict_noise_returns_the_difference() -> None:
     model = jittered(DSNO(TINY)).eval()
     other = DSNO(dataclasses.replace(TINY, predict_noise=True)).eval()

@@ -28,7 +28,7 @@ class EDMDenoiser(nn.Module):
     Args of ``forward``:
         x: ``x0 + sigma * noise``, ``(B, C, H, W)``, any floating dtype.
         sigma: standard deviation of the noise, a number or a tensor ``()`` or ``(B,)``.
-        y: classes, ``(B,)`` integers or ``(B, num_classes)`` weights.
+        y: classes, ``(B,)`` integers (-1 is none) or ``(B, num_classes)`` weights.
 
     Returns of ``forward``:
         x0, the shape and dtype of x.

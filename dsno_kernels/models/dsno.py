@@ -96,7 +96,8 @@ class DSNO(nn.Module):
         Args:
             x: noise, ``(B, C, H, W)``.
             logsnr: log-SNR of the times wanted, ``(T,)``, or ``(B, T)`` for each image its own.
-            y: classes, ``(B,)`` integers or ``(B, num_classes)`` weights (one-hot, or a mixture).
+            y: classes, ``(B,)`` integers (-1 is none) or ``(B, num_classes)`` weights (one-hot, or
+                a mixture).
         """
         config = self.config
         self._check(x, logsnr, y)
@@ -152,7 +153,9 @@ class DSNO(nn.Module):
         if logsnr.ndim == 1:
             embedding = embedding.unsqueeze(0)
         if y is not None:
-            classes = y if y.is_floating_point() else F.one_hot(y.long(), config.num_classes)
+            classes = y
+            if not y.is_floating_point():  # no class, -1, is a row of zeros
+                classes = F.one_hot(y.long() + 1, config.num_classes + 1)[:, 1:]
             embedding = embedding + next(modules)(classes.to(dtype)).unsqueeze(1)
         return embedding
 

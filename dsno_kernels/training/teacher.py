@@ -11,6 +11,10 @@ which is the squared error of the network's own output. The noise levels of a ba
 spread over their distribution, with one random shift, as in "Variational diffusion models"
 (arXiv 2107.00630, appendix I.1): the same mean, less noise in the gradient.
 
+EDM's own -1.2 and 1.2 hardly ever show the noise with which a variance-preserving process starts,
+:math:`\sigma = 118` for :class:`dsno_kernels.diffusion.VPCosine`; the defaults here, 0 and 1.6, are
+the mean and deviation of its levels.
+
 Source: EDM (arXiv 2206.00364), table 1.
 """
 
@@ -32,15 +36,16 @@ from dsno_kernels.training.options import Options
 
 NAME = "teacher.safetensors"
 DEFAULTS = Options(
-    steps=3000,
+    steps=1500,
     batch=128,
     learning_rate=2e-3,
     warm_up=200,
     decay="cosine",
     betas=(0.9, 0.99),
     ema_decay=0.998,
+    checkpoint_every=500,
 )
-P_MEAN, P_STD = -1.2, 1.2
+P_MEAN, P_STD = 0.0, 1.6
 
 
 class TeacherTask:
@@ -51,6 +56,7 @@ class TeacherTask:
         sigma_data: standard deviation of the data, that of the denoiser.
         conditional: whether the denoiser is told the class.
         mean, std: of log sigma.
+        drop_classes: share of the samples whose class it is not told, for guidance.
     """
 
     def __init__(
@@ -60,21 +66,24 @@ class TeacherTask:
         conditional: bool = False,
         mean: float = P_MEAN,
         std: float = P_STD,
+        drop_classes: float = 0.0,
     ) -> None:
+        self.drop_classes = drop_classes
         self.images = data.images
         self.labels = data.labels if conditional else None
         self.sigma_data = sigma_data
         self.mean, self.std = mean, std
 
     def draw(self, generator: torch.Generator, batch: int) -> dict[str, Tensor]:
-        """The images, noise levels and noise of a batch."""
+        """The images, noise levels and seeds of the noise of a batch."""
         shift = torch.rand((), generator=generator, dtype=torch.float64)
         quantile = (torch.arange(batch) + shift) / batch
         normal = torch.special.ndtri(quantile.clamp(1e-12, 1.0 - 1e-12))
         return {
             "index": torch.randint(len(self.images), (batch,), generator=generator),
             "sigma": (self.mean + self.std * normal).exp().float(),
-            "noise": torch.randn(batch, *self.images.shape[1:], generator=generator),
+            "noise_seed": torch.randint(2**62, (batch,), generator=generator),
+            "told": torch.rand(batch, generator=generator) >= self.drop_classes,
         }
 
     def loss(self, model: nn.Module, part: dict[str, Tensor]) -> Tensor:
@@ -82,11 +91,23 @@ class TeacherTask:
         device = self.images.device
         index, sigma = part["index"].to(device), part["sigma"].to(device)
         clean = self.images[index]
-        y = None if self.labels is None else self.labels[index]
+        y = None
+        if self.labels is not None:
+            y = torch.where(part["told"].to(device), self.labels[index], -1)
         level = sigma[:, None, None, None]
-        denoised = model(clean + level * part["noise"].to(device), sigma, y)
+        denoised = model(clean + level * _noise(part["noise_seed"], clean), sigma, y)
         weight = (level.square() + self.sigma_data**2) / (level * self.sigma_data).square()
         return (weight * (denoised - clean).square()).mean()
+
+
+def _noise(seeds: Tensor, like: Tensor) -> Tensor:
+    """Standard normal noise, that of each sample from its own seed: a process draws only its
+    share, on the device where it is used.
+    """
+    generator, noise = torch.Generator(like.device), torch.empty_like(like)
+    for sample, seed in zip(noise, seeds.tolist(), strict=True):
+        sample.normal_(generator=generator.manual_seed(seed))
+    return noise
 
 
 def train(
@@ -98,6 +119,7 @@ def train(
     sigma_data: float | None = None,
     mean: float = P_MEAN,
     std: float = P_STD,
+    drop_classes: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> EDMDenoiser:
     """Train a teacher; a run that was stopped goes on from its checkpoint in `out`.
@@ -109,6 +131,8 @@ def train(
         out: folder of the checkpoint and the loss curve.
         sigma_data: standard deviation of the data; None measures it.
         mean, std: of log sigma.
+        drop_classes: share of the samples whose class the denoiser is not told: it then knows
+            ``y = -1``, no class, which guidance needs.
         device: where it is trained.
 
     Returns:
@@ -129,12 +153,13 @@ def train(
         "sigma_data": level,
         "p_mean": mean,
         "p_std": std,
+        "drop_classes": drop_classes,
     }
     torch.manual_seed(learning.seed)
     model = EDMDenoiser(DSNO(config), level).to(device)
     labels = None if data.labels is None else data.labels.to(device)
     moved = Images(data.images.to(device), labels)
-    task = TeacherTask(moved, level, config.num_classes > 0, mean, std)
+    task = TeacherTask(moved, level, config.num_classes > 0, mean, std, drop_classes)
     average = fit(model, task, learning, out, identity)
     assert isinstance(average, EDMDenoiser)
     return average
@@ -150,16 +175,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--conditional", action="store_true", help="the denoiser is told the class of the image"
     )
     parser.add_argument(
+        "--drop-classes",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="share of the images whose class it is not told, for guidance; default: %(default)s",
+    )
+    parser.add_argument(
         "--sigma-data",
         type=float,
         metavar="X",
         help="standard deviation of the data; default: measured",
     )
     parser.add_argument(
-        "--p-mean", type=float, default=P_MEAN, metavar="X", help="of log sigma; default: -1.2"
+        "--p-mean", type=float, default=P_MEAN, metavar="X", help="of log sigma; default: 0"
     )
     parser.add_argument(
-        "--p-std", type=float, default=P_STD, metavar="X", help="of log sigma; default: 1.2"
+        "--p-std", type=float, default=P_STD, metavar="X", help="of log sigma; default: 1.6"
     )
     network.add_arguments(parser)
     options.add_arguments(parser, DEFAULTS)
@@ -179,6 +211,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
         if arguments.sigma_data is not None and not arguments.sigma_data > 0.0:
             raise CommandError(f"--sigma-data must be positive, got {arguments.sigma_data}")
+        if not 0.0 <= arguments.drop_classes < 1.0:
+            raise CommandError(f"--drop-classes must be in [0, 1), got {arguments.drop_classes}")
         if not arguments.p_std > 0.0:
             raise CommandError(f"--p-std must be positive, got {arguments.p_std}")
         teacher = train(
@@ -189,6 +223,7 @@ def run(arguments: argparse.Namespace) -> None:
             sigma_data=arguments.sigma_data,
             mean=arguments.p_mean,
             std=arguments.p_std,
+            drop_classes=arguments.drop_classes,
             device=device,
         )
         if distributed.rank() == 0:

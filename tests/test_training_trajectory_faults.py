@@ -172,7 +172,9 @@ def test_a_full_disk(tmp_path: Path, whole: Path) -> None:
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
     try:
-        with pytest.raises(TrajectoryError, match=r"cannot be written.*run the same command again"):
+        with pytest.raises(
+            TrajectoryError, match=r"cannot be written.*MiB of the disk.*run the same"
+        ):
             write(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -172,7 +173,8 @@ class ShardWriter:
         except (OSError, lmdb.Error) as error:
             if isinstance(error, lmdb.MapFullError):
                 raise
-            reason = getattr(error, "strerror", None) or error
+            # LMDB reports a full disk as an error of input and output.
+            reason = f"{getattr(error, 'strerror', None) or error}{_room(self.path)}"
             raise TrajectoryError(
                 f"{self.path} cannot be written ({reason}); what was complete is kept: mend that"
                 " and run the same command again"
@@ -211,6 +213,13 @@ def _open(path: Path, *, new: bool = False, **options: Any) -> Any:
         environment.close()
         raise TrajectoryError(f"{data} is damaged, {size} bytes long of {needed}: {advice}")
     return environment
+
+
+def _room(path: Path) -> str:
+    try:
+        return f"; {shutil.disk_usage(path).free >> 20} MiB of the disk are free"
+    except OSError:
+        return ""
 
 
 def _pages(size: int) -> int:

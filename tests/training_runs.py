@@ -61,9 +61,10 @@ class Task:
         return {"x": torch.randn(batch, 1, 4, 4, generator=generator)}
 
     def loss(self, model: nn.Module, part: dict[str, Tensor]) -> Tensor:
-        x = part["x"]
+        device = next(model.parameters()).device
+        x = part["x"].to(device)
         frames = torch.stack([x.sin(), x.cos()], dim=1)
-        return self.factor * (model(x, LOGSNR) - frames).square().mean()
+        return self.factor * (model(x, LOGSNR.to(device)) - frames).square().mean()
 
 
 # Of the generators with which the engine draws the batches of a run with seed 0.
@@ -76,13 +77,15 @@ def model(**fields: Any) -> DSNO:
     return DSNO(dataclasses.replace(CONFIG, **fields))
 
 
-def run(out: Path, task: Task | None = None, **options: Any) -> nn.Module:
+def run(
+    out: Path, task: Task | None = None, device: str | torch.device = "cpu", **options: Any
+) -> nn.Module:
     """`fit` of the small model, without the picture of its losses."""
     dropout = options.pop("dropout", CONFIG.dropout)
     metadata = {"config": dataclasses.asdict(CONFIG), "data": "noise"}
     learning = dataclasses.replace(OPTIONS, **options)
     with mock.patch.object(History, "draw"):
-        return fit(model(dropout=dropout), task or Task(), learning, out, metadata)
+        return fit(model(dropout=dropout).to(device), task or Task(), learning, out, metadata)
 
 
 def curve(out: Path) -> str:

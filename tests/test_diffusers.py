@@ -288,6 +288,22 @@ def test_ddim_zero_terminal_snr() -> None:
         ours("DDIMScheduler", **config).set_timesteps(10)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_ddim_zero_terminal_snr_of_epsilon(eta: float) -> None:
+    """diffusers divides by an alpha of 0, and is finite as it clips what comes of it."""
+    settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    x = start(torch.float32)
+    expected = _ddim(original("DDIMScheduler", **settings), x, 4, eta=eta)
+    actual = _ddim(ours("DDIMScheduler", **settings, match_diffusers=True), x, 4, eta=eta)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, SINGLE)
+    # where matching is not asked for, or nothing finite is there to be matched
+    for other in ({}, {"clip_sample": False}, {"thresholding": True, "sample_max_value": 1.5}):
+        scheduler = ours("DDIMScheduler", **settings, **other, match_diffusers=bool(other))
+        with pytest.raises(ValueError, match="match_diffusers=True, clip_sample=True and no"):
+            scheduler.set_timesteps(4)
+
+
 def test_place_of_a_timestep() -> None:
     """Where timesteps are on a device, the index comes from the address."""
     timesteps = torch.arange(90, 0, -10)

@@ -235,6 +235,53 @@ def test_sigmas_put_in_place_by_hand(name: str) -> None:
     assert_close(results[1], results[0], SINGLE)
 
 
+@pytest.mark.parametrize("inference", [False, True], ids=["usual", "inference_mode"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_sigmas_changed_in_place(name: str, inference: bool) -> None:
+    """They were not noticed, as the tensor is the same."""
+    results = []
+    with torch.inference_mode(inference):
+        for scheduler in (original(name), ours(name)):
+            scheduled(scheduler)
+            scheduler.sigmas *= 1.5
+            results.append(run(scheduler, start(torch.float32)))
+    assert_close(results[1], results[0], SINGLE)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (
+            {"use_beta_sigmas": True, "beta_start": 0.00085, "beta_end": 0.012}
+            | {"beta_schedule": "scaled_linear"},
+            {"num_inference_steps": 50},
+        ),
+        (
+            {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 12.0},
+            {"num_inference_steps": 100},
+        ),
+        ({}, {"sigmas": [3.0, 2.9999, 2.9998, 1.0]}),
+    ],
+    ids=["beta", "flow", "own"],
+)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_first_timesteps_that_coincide(
+    name: str, config: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """The run started with step 1, and had no row for the last timestep."""
+    scheduler, x = ours(name, **config), start(torch.float32)
+    scheduler.set_timesteps(**options)
+    times = scheduler.timesteps
+    assert times[0] == times[1]  # or this test says nothing
+    expected_noise = scheduler.add_noise(x, x, times[:1].repeat(2))
+    found = run(scheduler, x)
+    assert scheduler.step_index == len(times) and bool(found.isfinite().all())
+    scheduler.set_timesteps(**options)
+    scheduler.set_begin_index(0)
+    assert scheduler.add_noise(x, x, times[:1].repeat(2)).equal(expected_noise)
+    assert run(scheduler, x).equal(found)
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_nothing_is_left_after_the_last_step(name: str) -> None:
     scheduler = scheduled(ours(name))
@@ -355,13 +402,50 @@ def test_mu_does_not_stay() -> None:
         ({"num_inference_steps": 3, "sigmas": [2.0, 1.0]}, "only one of them"),
         ({"timesteps": [9, 9, 5]}, "sigma 0 is .*, sigma 1 is"),
         ({"sigmas": [3.0, 1.0, 2.0]}, "sigma 1 is 1, sigma 2 is 2"),
-        ({"sigmas": []}, "must be a list of numbers"),
+        ({"sigmas": []}, "sigmas must be a list of finite numbers"),
+        ({"sigmas": [float("inf"), 3.0, 1.0]}, "sigmas must be a list of finite numbers, got .inf"),
+        ({"sigmas": torch.tensor([3.0, 1.0], requires_grad=True)}, "must not require gradients"),
+        ({"timesteps": [[9, 5]]}, "timesteps must be a list of finite numbers"),
+        ({"timesteps": [900, -5]}, "timesteps must be integers from 0 to 999, got .*-5"),
+        ({"timesteps": [1500, 900]}, "timesteps must be integers from 0 to 999"),
+        ({"timesteps": [900.7, 300.2]}, "timesteps must be integers .* give sigmas"),
     ],
 )
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_bad_schedules(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ours(name).set_timesteps(**options)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_numbers_of_steps(name: str) -> None:
+    """0 and -1 gave an empty schedule, or divided by 0."""
+    for steps in (0, -1):
+        with pytest.raises(
+            ValueError, match=f"num_inference_steps must be at least 1, got {steps}"
+        ):
+            ours(name).set_timesteps(steps)
+    for other in (2.5, "8", True):
+        with pytest.raises(TypeError, match="num_inference_steps must be an integer"):
+            ours(name).set_timesteps(other)
+    scheduler = scheduled(ours(name), np.int64(8))
+    assert scheduler.timesteps.equal(scheduled(ours(name), 8).timesteps)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_own_schedules_of_any_type(name: str) -> None:
+    expected = ours(name)
+    expected.set_timesteps(sigmas=[3.0, 1.0, 0.5])
+    for given in (
+        torch.tensor([3.0, 1.0, 0.5]),
+        np.array([3.0, 1.0, 0.5], dtype=np.float32),
+        [torch.tensor(3.0), torch.tensor(1.0), 0.5],
+    ):
+        scheduler = ours(name)
+        scheduler.set_timesteps(sigmas=given)
+        assert scheduler.sigmas.equal(expected.sigmas)
+    with pytest.raises(TypeError, match="sigmas must be a real number or a tensor"):
+        ours(name).set_timesteps(sigmas=["late", "early"])
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -391,6 +475,36 @@ def test_own_timesteps_that_end_at_0() -> None:
 def test_own_schedule_and_configured_sigmas_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="exclude use_karras_sigmas=True"):
         ours("DEISMultistepScheduler", use_karras_sigmas=True).set_timesteps(timesteps=[9, 5])
+
+
+# Inputs
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_inputs_are_named_as_in_step(name: str) -> None:
+    scheduler, x = scheduled(ours(name)), start()
+    t, short = scheduler.timesteps[0], x[:1]
+    shape = r"must have the shape of sample, \(2, 3, 4, 4\), got \(1, 3, 4, 4\)"
+    for kind, message, inputs, options in [
+        (ValueError, f"model_output {shape}", (short, t, x), {}),
+        (TypeError, "model_output must be a torch.Tensor, got NoneType", (None, t, x), {}),
+        (TypeError, "sample must be a torch.Tensor, got list", (x, t, [1.0]), {}),
+        (TypeError, "sample must be real floating point", (x, t, x.long()), {}),
+        (ValueError, "model_output on meta", (x.to("meta"), t, x), {}),
+        (ValueError, f"unconditional {shape}", (x, t, x), {"unconditional": short, "guidance": 2}),
+        (TypeError, "guidance must be a number", (x, t, x), {"unconditional": x, "guidance": "a"}),
+    ]:
+        with pytest.raises(kind, match=message):
+            scheduler.step(*inputs, **options)
+    assert bool(scheduler.step(x, t, x).prev_sample.isfinite().all())
+
+
+def test_inputs_of_ddim_are_named_as_in_step() -> None:
+    scheduler, x = scheduled(ours("DDIMScheduler")), start()
+    with pytest.raises(TypeError, match="eta must be a number, got 'a'"):
+        scheduler.step(x, scheduler.timesteps[0], x, eta="a")
+    with pytest.raises(ValueError, match="variance_noise must have the shape of sample"):
+        scheduler.step(x, scheduler.timesteps[0], x, eta=1.0, variance_noise=x[:1])
 
 
 # Gradients

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsno_kernels.functional import solver_step
-from dsno_kernels.integrations._multistep import Configured
+from dsno_kernels.functional import solver_step, step_checks
+from dsno_kernels.integrations._multistep import Configured, check_steps
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -35,7 +35,8 @@ def ddim_row(
         if alpha == 0.0:
             raise ValueError(
                 "epsilon says nothing about x0 where alpha is 0 (rescale_betas_zero_snr at the last"
-                " timestep): use v_prediction or sample"
+                " timestep): use v_prediction or sample; or, as diffusers, the clipped sign of"
+                " sample - epsilon, with match_diffusers=True, clip_sample=True and no thresholding"
             )
         A, B, E, F = 1.0 / alpha, -sigma / alpha, 0.0, 1.0
     elif prediction == "sample":
@@ -81,7 +82,7 @@ class DDIM(Configured):
             num_inference_steps: N steps, spaced as the configuration says.
             device: of `timesteps`.
         """
-        super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
+        super().set_timesteps(check_steps(num_inference_steps), device)  # type: ignore[misc]
         config = self.config
         if config.prediction_type not in PREDICTIONS:
             raise ValueError(
@@ -108,11 +109,16 @@ class DDIM(Configured):
     def _row_at(
         self, t: int, signals: list[float], eta: float, corrected: bool
     ) -> tuple[float, ...]:
+        """The row of a timestep; none where diffusers clips an infinite x0, and that is wanted."""
         assert self.num_inference_steps is not None
         before = t - self.config.num_train_timesteps // self.num_inference_steps
         final = float(self.final_alpha_cumprod)
         signal_next = signals[before] if before >= 0 else final
-        return ddim_row(signals[t], signal_next, self.config.prediction_type, eta, corrected)
+        config = self.config
+        clips = config.match_diffusers and config.clip_sample and not config.thresholding
+        if clips and config.prediction_type == "epsilon" and signals[t] == 0:
+            return ()
+        return ddim_row(signals[t], signal_next, config.prediction_type, eta, corrected)
 
     def _number(self, timestep: int | Tensor) -> int:
         """The timestep as an int, without waiting for the device where it is one of `timesteps`."""
@@ -121,22 +127,23 @@ class DDIM(Configured):
         place = place_of(timestep, self._own) if timestep.is_cuda else None
         return int(timestep) if place is None else self._times[place]
 
-    def _moved(
-        self,
-        output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        eta: float,
-        corrected: bool,
-        noise: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _row(
+        self, timestep: int | Tensor, eta: float, corrected: bool
+    ) -> tuple[int, tuple[float, ...]]:
+        """The timestep as a number, and its row."""
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step: there is no schedule yet")
+        if not step_checks.is_number(eta):
+            raise TypeError(f"eta must be a number, got {eta!r}")
         t, made = self._number(timestep), self._made(float(eta), bool(corrected))
-        row = made.get(t)
-        if row is None:  # a timestep outside the schedule
-            row = self._row_at(t, self.alphas_cumprod.tolist(), float(eta), bool(corrected))
-            made[t] = row
+        if t not in made:  # a timestep outside the schedule
+            signals = self.alphas_cumprod.tolist()
+            made[t] = self._row_at(t, signals, float(eta), bool(corrected))
+        return t, made[t]
+
+    def _moved(
+        self, row: tuple[float, ...], output: Tensor, sample: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if output.dtype != sample.dtype:
             sample = sample.to(torch.promote_types(output.dtype, sample.dtype))
         moved, _, x0, _ = solver_step(

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsno_kernels.functional import dynamic_threshold, exp_step, solver_step
+from dsno_kernels.diffusion.grids import stacked
+from dsno_kernels.diffusion.processes import integer
+from dsno_kernels.functional import (
+    checks,
+    dynamic_threshold,
+    exp_step,
+    solver_step,
+    step_checks,
+)
 from dsno_kernels.integrations._tables import Row, Solver, rows
 
 _BY_CONFIGURATION = (
@@ -26,6 +34,26 @@ _BELOW_ONE = 1e-6
 def check_guidance(unconditional: Tensor | None, guidance: float | Tensor | None) -> None:
     if (unconditional is None) != (guidance is None):
         raise ValueError("unconditional and guidance come together: give both or neither")
+    if not (guidance is None or isinstance(guidance, Tensor) or step_checks.is_number(guidance)):
+        raise TypeError(f"guidance must be a number or a tensor, got {guidance!r}")
+
+
+def check_inputs(
+    sample: Tensor, output: Tensor, unconditional: Tensor | None, noise: Tensor | None = None
+) -> None:
+    """Refuse tensors that do not fit the sample, by the names that they have in `step`."""
+    checks.real("sample", sample)
+    step_checks.all_like(("model_output",), (output,), sample, of="sample")
+    names, given = ("unconditional", "variance_noise"), (unconditional, noise)
+    step_checks.all_like(names, given, sample, optional=True, of="sample")
+
+
+def check_steps(steps: object) -> int:
+    """The number of steps of a schedule."""
+    number = integer("num_inference_steps", steps)
+    if number < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
+    return number
 
 
 def guided(output: Tensor, unconditional: Tensor | None, guidance: float | Tensor | None) -> Tensor:
@@ -103,7 +131,7 @@ class Multistep(Configured):
 
     def _prepare(self) -> None:
         self._rows: tuple[Row, ...] = ()
-        self._first, self._of = 0, self.sigmas
+        self._first, self._of, self._version = 0, self.sigmas, -1
         self._limits: tuple[float, float, str] | None = None
 
     def _solver(self) -> Solver:
@@ -112,7 +140,10 @@ class Multistep(Configured):
     def _build(self, first: int) -> None:
         """The table of a run that begins at step `first`."""
         self._limits = self._threshold()
-        self._first, self._of = first, self.sigmas
+        if self.sigmas.is_inference():  # whose changes are not counted
+            with torch.inference_mode(False):
+                self.sigmas = self.sigmas.clone()
+        self._first, self._of, self._version = first, self.sigmas, self.sigmas._version
         self._rows = rows(self._solver(), tuple(self.sigmas.tolist()), first)
 
     def _end(self) -> str:
@@ -127,6 +158,18 @@ class Multistep(Configured):
                 f" this configuration, got {given!r}"
             )
         return given
+
+    def index_for_timestep(
+        self, timestep: int | Tensor, schedule_timesteps: Tensor | None = None
+    ) -> int:
+        """The step of a timestep, as the original finds it, except that the first timestep is that
+        of step 0. The original takes the second match, for a run that begins in the middle, and so
+        starts late where the first timesteps coincide after rounding.
+        """
+        times = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        if len(times) and bool(times[0] == timestep):
+            return 0
+        return super().index_for_timestep(timestep, times)  # type: ignore[misc]
 
     def _init_step_index(self, timestep: int | Tensor) -> None:
         super()._init_step_index(timestep)  # type: ignore[misc]
@@ -153,7 +196,7 @@ class Multistep(Configured):
             elif num_inference_steps is None:
                 raise ValueError("give num_inference_steps, timesteps or sigmas")
             else:
-                self._usual_schedule(num_inference_steps, device, keywords)
+                self._usual_schedule(check_steps(num_inference_steps), device, keywords)
         finally:
             if shift is not None:
                 config.flow_shift = shift  # diffusers leaves that of mu for the next call
@@ -197,9 +240,17 @@ class Multistep(Configured):
         for name in _BY_CONFIGURATION:
             if getattr(config, name, False):
                 raise ValueError(f"timesteps and sigmas exclude {name}=True in the configuration")
-        given = np.array(timesteps if sigmas is None else sigmas, dtype=np.float64)
-        if given.ndim != 1 or len(given) == 0:
-            raise ValueError(f"timesteps or sigmas must be a list of numbers, got {given.tolist()}")
+        if timesteps is not None:
+            last = config.num_train_timesteps - (0 if config.use_flow_sigmas else 1)
+            given = _numbers("timesteps", timesteps)
+            if not ((given == given.round()) & (given >= 0) & (given <= last)).all():
+                raise ValueError(
+                    f"timesteps must be integers from 0 to {last}, got {given.tolist()}: give"
+                    " sigmas where they lie between"
+                )
+        else:
+            assert sigmas is not None
+            given = _numbers("sigmas", sigmas)
         ends_clean = sigmas is not None and len(given) > 1 and given[-1] == 0
         if ends_clean:
             given = given[:-1]
@@ -246,8 +297,8 @@ class Multistep(Configured):
             raise ValueError("call set_timesteps before step: there is no schedule yet")
         if self._step_index is None:
             self._init_step_index(timestep)
-        if self.sigmas is not self._of:  # put in place by hand
-            self._build(self._first)
+        if self.sigmas is not self._of or self.sigmas._version != self._version:
+            self._build(self._first)  # changed by hand
         assert self._step_index is not None
         i = self._step_index - self._first
         if not 0 <= i < len(self._rows):
@@ -314,3 +365,16 @@ class Multistep(Configured):
         if (highest, definition) == (1.0, "diffusers"):
             return x0.clamp(-1.0, 1.0)  # what is left of the quantile
         return dynamic_threshold(x0, ratio, highest, definition)
+
+
+def _numbers(name: str, values: Sequence[float]) -> Any:
+    """Finite numbers, as an array."""
+    given = stacked(name, values)
+    if given.requires_grad:
+        raise ValueError(
+            f"{name} must not require gradients, which a scheduler has none for: detach them, or"
+            " take dsno_kernels.diffusion.SolverPlan, whose table is differentiable in its grid"
+        )
+    if given.ndim != 1 or len(given) == 0 or not bool(torch.isfinite(given).all()):
+        raise ValueError(f"{name} must be a list of finite numbers, got {given.tolist()}")
+    return given.numpy()

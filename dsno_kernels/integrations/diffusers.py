@@ -22,6 +22,11 @@ second difference, so order 2; the wrong sign
 in sde-dpmsolver++, no such sde-dpmsolver
 UniPC with bh1, or on epsilon, to sigma = 0:   finite, in either way
 NaN
+DDIM on epsilon where alpha is 0 (zero         a ValueError: epsilon says nothing about x0 there
+terminal SNR): x0 is the clipped sign of
+sample - epsilon
+first timesteps that coincide after rounding:  the first timestep is step 0, in either way
+the run starts a step late, and fails
 =============================================  =====================================================
 
 On coarse grids the halved weight can be the more accurate one (DPM-Solver of order 3).
@@ -47,7 +52,7 @@ import torch
 from torch import Tensor
 
 from dsno_kernels.integrations._ddim import DDIM
-from dsno_kernels.integrations._multistep import Multistep, guided
+from dsno_kernels.integrations._multistep import Multistep, check_inputs, guided
 from dsno_kernels.integrations._tables import Solver
 
 try:
@@ -135,6 +140,7 @@ class FusedDEISMultistepScheduler(Multistep, DEISMultistepScheduler):  # type: i
         With the unconditional output u and a scale g, both optional and not of the original,
         classifier-free guidance u + g (model_output - u) is done in the same pass.
         """
+        check_inputs(sample, model_output, unconditional)
         row = self._row(timestep)
         if model_output.dtype != sample.dtype:
             sample = sample.to(torch.promote_types(model_output.dtype, sample.dtype))
@@ -199,7 +205,6 @@ class FusedDPMSolverMultistepScheduler(Multistep, DPMSolverMultistepScheduler): 
         """The sample at the next timestep, as the original returns it; unconditional and guidance
         as in :class:`FusedDEISMultistepScheduler`.
         """
-        row = self._row(timestep)
         config = self.config
         if (
             config.variance_type in ("learned", "learned_range")
@@ -207,6 +212,8 @@ class FusedDPMSolverMultistepScheduler(Multistep, DPMSolverMultistepScheduler): 
         ):
             model_output = model_output[:, :3]
             unconditional = None if unconditional is None else unconditional[:, :3]
+        check_inputs(sample, model_output, unconditional)
+        row = self._row(timestep)
         noise = None
         if row.noisy:
             noise = variance_noise
@@ -289,6 +296,7 @@ class FusedUniPCMultistepScheduler(Multistep, UniPCMultistepScheduler):  # type:
         """The sample at the next timestep, as the original returns it; unconditional and guidance
         as in :class:`FusedDEISMultistepScheduler`.
         """
+        check_inputs(sample, model_output, unconditional)
         if self.solver_p is not None:
             model_output = guided(model_output, unconditional, guidance)
             return super().step(model_output, timestep, sample, return_dict)
@@ -320,7 +328,20 @@ class FusedDDIMScheduler(DDIM, DDIMScheduler):  # type: ignore[misc]
         """The sample at the next timestep and the predicted x0, as the original returns them;
         unconditional and guidance as in :class:`FusedDEISMultistepScheduler`.
         """
+        check_inputs(sample, model_output, unconditional, variance_noise)
         model_output = guided(model_output, unconditional, guidance)
+        t, row = self._row(timestep, eta, use_clipped_model_output)
+        if not row:
+            return super().step(
+                model_output,
+                t,
+                sample,
+                eta,
+                use_clipped_model_output,
+                generator,
+                variance_noise,
+                return_dict,
+            )
         noise = None
         if eta > 0:
             if variance_noise is not None and generator is not None:
@@ -333,9 +354,7 @@ class FusedDDIMScheduler(DDIM, DDIMScheduler):  # type: ignore[misc]
                     device=model_output.device,
                     dtype=model_output.dtype,
                 )
-        moved, x0 = self._moved(
-            model_output, timestep, sample, eta, use_clipped_model_output, noise
-        )
+        moved, x0 = self._moved(row, model_output, sample, noise)
         if not return_dict:
             return moved, x0
         return DDIMSchedulerOutput(prev_sample=moved, pred_original_sample=x0)

@@ -43,11 +43,12 @@ def exp_step(
             the device).
         noise: the shape of x.
         index: the row of the table: an int, an integer tensor without axes (one compiled graph and
-            no host sync serves all steps), or ``[B]``, a row for each sample. Samples of different
-            orders share a call, as unused columns are 0. Out of range raises on the CPU and is
-            clamped on other devices.
-        head: the newest slot of the ring buffer, an int or an integer tensor: entry j is slot
-            ``(head - j) mod k``.
+            no host sync serves all steps; of ints `torch.compile` makes two, for the first value
+            and for all others), or ``[B]``, a row for each sample. Samples of different orders
+            share a call, as unused columns are 0. Out of range raises on the CPU and is clamped on
+            other devices.
+        head: the newest slot of the ring buffer, an int or an integer tensor (compiled as `index`
+            is): entry j is slot ``(head - j) mod k``.
         out_dtype: dtype of the result; default that of x.
         inplace: write the result into x and return x; records no graph.
         out: likewise a tensor of your own, such as a slot of a larger one: the shape and device of

@@ -52,6 +52,10 @@ def history_entries(
         return entries, head
     checks.integer("head", head)
     k = len(entries)
+    if torch.compiler.is_compiling():
+        # A list is indexed by a constant: one graph for each head. A tensor is not.
+        assert isinstance(history, Tensor)
+        return [history.select(0, (head - j) % k) for j in range(k)], None
     return [entries[(head - j) % k] for j in range(k)], None
 
 

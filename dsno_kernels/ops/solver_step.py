@@ -174,7 +174,7 @@ op = define(
     "solver_step(Tensor point, Tensor output, Tensor? unconditional, Tensor? base,"
     " Tensor[] history, Tensor? head, Tensor? noise, Tensor? seed, Tensor? table, float[] values,"
     " Tensor? index, Tensor? guidance, float guidance_value, Tensor? scale, float? low,"
-    " float? high, bool looks_ahead, Tensor(a!)? new_base, Tensor(b!)? ring, int slot,"
+    " float? high, bool looks_ahead, Tensor(a!)? new_base, Tensor(b!)? ring, SymInt slot,"
     " int[] dtypes, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,

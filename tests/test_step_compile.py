@@ -1,0 +1,58 @@
+"""Graphs that `torch.compile` makes of 20 steps whose index and head are Python's integers: two, as
+the first value is taken for a constant. (Tensors make one: tests/test_exp_step_autograd.py.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import dsno_kernels as dk
+from tests.test_solver_step import row_of
+
+TABLE = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)) / 4
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def of_a_list(x: Tensor, ring: Tensor, i: int, rows: Tensor) -> Tensor:
+    return dk.exp_step(x, list(ring.unbind(0)), TABLE, index=i)
+
+
+def of_a_ring(x: Tensor, ring: Tensor, i: int, rows: Tensor) -> Tensor:
+    return dk.exp_step(x, ring, TABLE, index=i, head=i)
+
+
+def into_a_ring(x: Tensor, ring: Tensor, i: int, rows: Tensor) -> Tensor:
+    output = torch.tanh(x)
+    return dk.solver_step(x, output, rows, ring, index=i, head=i, store=True).base
+
+
+def in_turn(x: Tensor, ring: Tensor, i: int, rows: Tensor) -> Tensor:
+    output = torch.tanh(x)
+    return dk.solver_step(x, output, rows, ring, index=i, head=i % 3, store=True).base
+
+
+@pytest.mark.parametrize("step", [of_a_list, of_a_ring, into_a_ring, in_turn])
+def test_integers_make_two_graphs(step: Callable[[Tensor, Tensor, int, Tensor], Tensor]) -> None:
+    rows = row_of(3, 20) / 4
+    rows[:, 6] = 0
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    rings = [torch.zeros(3, 2, 5) for _ in range(2)]
+    x = torch.randn(2, 5)
+    for i in range(20):
+        y = compiled(x, rings[0], i, rows)
+        assert torch.equal(y, step(x, rings[1], i, rows)) and torch.equal(*rings)
+        x = y
+    assert counter.frame_count == 2

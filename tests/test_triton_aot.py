@@ -110,6 +110,8 @@ def calls() -> Iterator[Callable[[], object]]:
         yield functools.partial(forward, 4, 2, 32, precision, dtype)
         yield functools.partial(forward, 4, 2, 32, precision, dtype, signs=False)
         yield functools.partial(backward_weight, 4, 2, precision, dtype)
+    yield functools.partial(forward, 64, 16, 8, "tf32")
+    yield functools.partial(backward_input, 64, 16, 8, "tf32")
     yield functools.partial(forward, 1, 1, 32, "fp32")
     yield functools.partial(forward, 1, 1, 1, "fp32", torch.float32, 1, 1)  # every 1 is a constant
     yield functools.partial(forward, 9, 1, 1, "fp32", torch.float32, 1, 1)

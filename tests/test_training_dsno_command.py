@@ -9,10 +9,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("lmdb")
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+
+import lmdb
 
 import dsno_kernels as dk
 from dsno_kernels import commands
@@ -215,6 +221,20 @@ def test_a_file_of_the_official_project_is_learned_from(labeled: Path, tmp_path:
     path, options = official(tmp_path / "official", labeled)
     expected = train(labeled, tmp_path / "a", *NETWORK)
     assert train(path, tmp_path / "b", *NETWORK, *options) == expected
+
+
+def test_a_disk_that_is_full_at_the_end_costs_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(student.files, "save", full)
+        error = refused(capsys, words(data, tmp_path, *NETWORK))
+    assert "dsno.safetensors cannot be written (No space left on device)" in error
+    before = losses(tmp_path)
+    assert train(data, tmp_path, *NETWORK) == before and (tmp_path / student.NAME).exists()
 
 
 def test_states_are_chosen_by_their_place(data: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dsno_kernels import _cuda_graph
-from dsno_kernels.models import CapturedModel
+from dsno_kernels.models import DSNO, CapturedModel, DSNOConfig
 
 
 class Doubler(nn.Module):
@@ -191,3 +191,27 @@ def test_recording_warms_up_on_a_side_stream_and_captures_once(
     wait = ["side waits for current", *warm, "current waits for side"]
     assert events == [*wait, "graph on side begins", "run", "graph on side ends"]
     assert isinstance(graph, FakeGraph) and output is X
+
+
+def test_noise_levels_of_each_sample_are_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture_on_the_host(monkeypatch)
+    config = DSNOConfig(
+        image_size=4,
+        image_channels=1,
+        channels=32,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        embedding_dim=32,
+        num_classes=3,
+    )
+    x, logsnr, y = torch.randn(2, 1, 4, 4), torch.randn(2, 4), torch.tensor([1, -1])
+    model = DSNO(config).eval()
+    with torch.no_grad():  # the last convolution starts at zero
+        nn.init.normal_(model.all_modules[-1].weight)
+    captured = CapturedModel(model, x, logsnr, y)
+    with torch.no_grad():
+        for levels in (logsnr, logsnr + 3.0):
+            assert torch.equal(captured(x, levels, y), model(x, levels, y))
+    with pytest.raises(ValueError, match=r"input 1 was captured with shape \(2, 4\)"):
+        captured(x, logsnr[0], y)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from dsno_kernels import commands
+from dsno_kernels.models import ModelFileError
 from dsno_kernels.training.errors import CommandError
 
 
@@ -43,10 +44,16 @@ def test_a_command_gets_its_arguments(name: str, monkeypatch: pytest.MonkeyPatch
             2,
             "train count: missing lmdb; run: pip install dsno-kernels[train]",
         ),
+        (ModelFileError("a.safetensors is broken"), 2, "train count: a.safetensors is broken"),
+        (
+            OSError(28, "No space left on device", "out/x.png"),
+            2,
+            "train count: out/x.png: No space left on device",
+        ),
         (KeyboardInterrupt(), 130, "train count: interrupted"),
         (KeyboardInterrupt("step 7 is saved"), 130, "train count: interrupted; step 7 is saved"),
     ],
-    ids=["command", "package", "interrupt", "interrupt with a word"],
+    ids=["command", "package", "model", "disk", "interrupt", "interrupt with a word"],
 )
 def test_what_ends_a_command_is_one_line(
     error: BaseException,

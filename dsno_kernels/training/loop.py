@@ -38,8 +38,8 @@ class Task(Protocol):
     """What is learned."""
 
     def draw(self, generator: torch.Generator, batch: int) -> dict[str, Tensor]:
-        """What is random in one global batch (indices, noise levels, noise): tensors on the CPU
-        whose first axis is `batch`.
+        """What is random in one global batch (indices, noise levels, seeds of noise): small tensors
+        on the CPU whose first axis is `batch`. Every process draws all of it.
         """
 
     def loss(self, model: nn.Module, part: dict[str, Tensor]) -> Tensor:
@@ -53,8 +53,8 @@ def fit(
 ) -> nn.Module:
     """Train a model, continuing from the checkpoint in `out` if there is one.
 
-    Writes into `out`, each of them complete or not at all: ``checkpoint.safetensors``, ``loss.csv``
-    (a row an update) and, at the end, ``loss.png``. Called by each process of the default group.
+    Writes into `out`: ``checkpoint.safetensors``, complete or not at all, ``loss.csv`` (a row an
+    update) and, at the end, ``loss.png``. Called by each process of the default group.
 
     Args:
         model: on the device of this process, with the same weights in all; trained in place.
@@ -117,6 +117,7 @@ def _run(
     ):
         while step < options.steps:
             pending.append(update(called, state, task, options, step))
+            bar.update()
             step += 1
             saves = step % options.checkpoint_every == 0 or step == options.steps
             if saves or len(pending) == LOOK_EVERY:
@@ -125,7 +126,6 @@ def _run(
                 if history is not None:
                     history.add(rows)
                 bar.set_postfix(loss=f"{rows[-1][1]:.4g}", refresh=False)
-                bar.update(len(rows))
             if saves:
                 checkpoint.save(path, state, step, {**metadata, **dataclasses.asdict(options)})
     if history is not None:

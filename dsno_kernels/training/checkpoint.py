@@ -126,7 +126,7 @@ def _read(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], i
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A mapping of mappings as one, with names like "config.channels"."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         inner = isinstance(value, dict)
         flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}

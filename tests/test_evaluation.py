@@ -239,6 +239,22 @@ def test_a_table_of_models(
     assert f"{measured['frechet']['mean']:.2f} ±" in lines[4]
 
 
+def test_student_and_ablation_are_compared_seed_by_seed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = write_student(tmp_path / "student.safetensors")
+    ablation, numbers = tmp_path / "ablation.safetensors", tmp_path / "numbers.json"
+    dk.models.save(network(time_conv=False), ablation, logsnr=LOGSNR.tolist())
+    words = ("--student", student, "--ablation", ablation, "--count", 70, "--seeds", 2)
+    assert evaluate(folder, *words, "--json", numbers) == 0
+    content = json.loads(numbers.read_text())
+    first, second = (row["frechet"]["values"] for row in content["rows"][:2])
+    differences = [first[0] - second[0], first[1] - second[1]]
+    assert content["student_minus_ablation"] == pytest.approx(differences)
+    line = ", ".join(f"{value:+.2f}" for value in differences)
+    assert f"seed by seed: {line}" in capsys.readouterr().out
+
+
 def test_a_teacher_starts_from_the_noise_of_the_student(tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher.safetensors", classes=3)
     drawing = sets.Drawing(5, 2, torch.device("cpu"), "fp32")

@@ -20,6 +20,8 @@ from dsno_kernels.training.distributed import choose_device
 from dsno_kernels.training.errors import CommandError, prepare_folder
 from dsno_kernels.training.trajectories import PROCESSES
 
+STUDENT, ABLATION = "student", "student without temporal layers"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `evaluate`."""
@@ -96,6 +98,12 @@ def run(arguments: argparse.Namespace) -> None:
     rows += reference.floors(arguments.count or len(real), seeds)
     print(f"Features: {network.name}; {len(real)} reference images; {len(seeds)} seeds\n")
     print(report.table(rows))
+    found = {row.name: row for row in rows}
+    differences = []
+    if STUDENT in found and ABLATION in found:
+        differences = report.paired(found[STUDENT], found[ABLATION])
+        shown = ", ".join(f"{value:+.2f}" for value in differences)
+        print(f"\nWith temporal layers minus without, seed by seed: {shown}")
     if arguments.json is not None:
         content = {
             "reference": arguments.reference,
@@ -108,6 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
             "torch": torch.__version__,
             "version": __version__,
             "rows": [row.as_dict() for row in rows],
+            "student_minus_ablation": differences,
         }
         _replace_json(arguments.json, content)
 
@@ -123,10 +132,9 @@ def _sample_sets(
     if arguments.teacher is not None:
         found += sets.teachers(arguments.teacher, _plans(arguments), drawing)
     if arguments.student is not None:
-        found.append(sets.student("student", arguments.student, drawing))
+        found.append(sets.student(STUDENT, arguments.student, drawing))
     if arguments.ablation is not None:
-        name = "student without temporal layers"
-        found.append(sets.student(name, arguments.ablation, drawing))
+        found.append(sets.student(ABLATION, arguments.ablation, drawing))
     found += [sets.of_text(text, drawing) for text in arguments.sets]
     if not found:
         raise CommandError("nothing to judge; give sets, --student, --ablation or --teacher")

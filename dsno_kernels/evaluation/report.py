@@ -171,6 +171,14 @@ def row_of(
     return Row(samples.name, samples.evaluations, count, rows, rate)
 
 
+def paired(first: Row, second: Row) -> list[float]:
+    """Differences of the distances of two models, seed by seed: both began with the same noise, so
+    that what the noise does to both drops out.
+    """
+    pairs = zip(first.measures, second.measures, strict=True)
+    return [a["frechet"] - b["frechet"] for a, b in pairs]
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown; with the standard deviation over the seeds where there is one."""
 

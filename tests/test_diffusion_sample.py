@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dsno_kernels import diffusion
-from dsno_kernels.demo.data import digits
 from dsno_kernels.diffusion import EDM, FlowMatching, Process, SolverPlan, VPLinear, time_grid
+from dsno_kernels.training.images import digits
 from tests.diffusion_problems import Gaussian, grid_for, names
 from tests.helpers import assert_close, rel_rms
 
@@ -63,7 +63,7 @@ def test_every_solver_samples_as_its_plan_replays(process: Process) -> None:
 
 @functools.cache
 def real_digits() -> Tensor:
-    return digits()[:300].double()
+    return digits().images[:300].double()
 
 
 @functools.cache

@@ -496,9 +496,6 @@ def test_refusals_say_what_is_wrong(
         call()
 
 
-NOISE_ROW = [*ROW[:4], 1.0, *ROW[5:]]
-
-
 @pytest.mark.parametrize(
     ("kind", "seed"),
     [

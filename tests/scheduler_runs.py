@@ -32,6 +32,11 @@ def ours(name: str, **config: Any) -> Any:
     return getattr(fused, f"Fused{name}")(**config)
 
 
+def scheduled(scheduler: Any, steps: int = 8, **options: Any) -> Any:
+    scheduler.set_timesteps(steps, **options)
+    return scheduler
+
+
 def start(dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(dtype)

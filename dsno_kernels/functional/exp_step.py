@@ -53,7 +53,8 @@ def exp_step(
         inplace: write the result into x and return x; records no graph.
         out: likewise a tensor of your own, such as a slot of a larger one: the shape and device of
             x, the dtype of the result. Written straight where it is dense (with a row for each
-            sample, the batch axis outermost), else through a copy.
+            sample, the batch axis outermost), else through a copy. Memory whose elements overlap
+            is refused, here and in place.
         backend: the name of one; None takes the fastest that can run here.
 
     Returns:

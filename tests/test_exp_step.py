@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -416,6 +417,11 @@ def test_refusals_say_what_is_wrong(
 ) -> None:
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_coefficients_may_be_numbers_of_numpy() -> None:
+    given = np.array([0.5, 2.0], dtype=np.float32)
+    assert torch.equal(dk.exp_step(X, [X + 1], given), dk.exp_step(X, [X + 1], [0.5, 2.0]))
 
 
 def refused_by_triton() -> None:

@@ -14,12 +14,13 @@ CPP_FILES = $(shell find csrc python_bindings tests -name '*.cpp' -o -name '*.h'
 	-o -name '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench fuzz gpu clean
+.PHONY: help setup demo test lint format bench digits fuzz gpu clean
 
 help:
 	@echo "make demo    train a small DSNO on real digits, compare layers, write demo_output/"
 	@echo "make test    linters, type check and the tests"
 	@echo "make bench   benchmarks on this machine, in at most $(MINUTES) minutes, and the tables of README.md"
+	@echo "make digits  teacher, trajectories, student and evaluation on real digits, from nothing, in half an hour"
 	@echo "make fuzz    10,000 random cases against the reference"
 	@echo "make gpu     build, tests and benchmarks that need a GPU, in 9 minutes; GPU_OPTIONS=--help lists its options"
 	@echo "make lint    linters and type check alone;  make format: rewrite the files in style"
@@ -70,6 +71,10 @@ format: setup
 bench: setup
 	mkdir -p $(RESULTS)
 	$(PY) -m pytest benchmarks --benchmark-only --minutes $(MINUTES)
+	$(PY) benchmarks/report.py
+
+digits: setup
+	$(PY) benchmarks/digits.py --results $(RESULTS)
 	$(PY) benchmarks/report.py
 
 fuzz: setup

@@ -433,6 +433,8 @@ def test_names() -> None:
         ({"name": "magic"}, ValueError, "unknown solver 'magic'; known are"),
         ({"name": "tab3", "order": 2}, ValueError, "order=2 contradicts the 3"),
         ({"name": "tab", "order": 1.5}, TypeError, "order must be an integer"),
+        ({"name": "ddim", "eta": "a"}, TypeError, "eta must be a real number or a tensor, got 'a'"),
+        ({"name": "heun", "S_churn": [1, 2]}, ValueError, "S_churn must be one number, got shape"),
         ({"history": "x1"}, ValueError, "unknown history 'x1'; known are eps, x0, flow"),
         ({"name": "heun", "history": "x0"}, ValueError, "works on eps history, not on 'x0'"),
         ({"history": "flow"}, ValueError, r"alpha \+ sigma = 1"),

@@ -31,7 +31,7 @@ from dsno_kernels.diffusion._table import (
     numbers,
 )
 from dsno_kernels.diffusion.grids import check_range, check_times, stacked
-from dsno_kernels.diffusion.processes import Process, outside_inference_mode
+from dsno_kernels.diffusion.processes import Process, one_number, outside_inference_mode
 from dsno_kernels.diffusion.solvers import find
 from dsno_kernels.diffusion.solvers._problem import Churn
 
@@ -138,7 +138,13 @@ class SolverPlan:
             calls = stacked("denoiser_times", denoiser_times)
             check_range(process, calls, "denoiser_times")
         found = find(solver, order)
-        churn = Churn(float(S_churn), float(S_min), float(S_max), float(S_noise))
+        churn = Churn(
+            one_number("S_churn", S_churn),
+            one_number("S_min", S_min),
+            one_number("S_max", S_max),
+            one_number("S_noise", S_noise),
+        )
+        eta = None if eta is None else one_number("eta", eta)
         check_choices(found, process, history, end, prediction, eta, churn)
         settings = Settings(
             process=process,
@@ -146,7 +152,7 @@ class SolverPlan:
             history=history or found.histories[0],
             end=end,
             prediction=prediction,
-            eta=None if eta is None else float(eta),
+            eta=eta,
             churn=churn,
         )
         return _built(settings, times, seeds, calls)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from benchmarks import report_steps, report_training, shapes, targets
+from benchmarks import report_digits, report_steps, report_training, shapes, targets
 from benchmarks.report_data import (
     BASELINE,
     NOT_MEASURED,
@@ -278,6 +278,7 @@ def tables(results: list[Result]) -> dict[str, Callable[[], str]]:
             "overhead": (overhead, OVERHEAD),
             "model": (model, MODEL),
             "student": (report_training.student, ("student",)),
+            "digits": (report_digits.distances, ("digits",)),
             "exp_step": (report_steps.exp_step, ("exp_step", "exp_step_overhead")),
             "schedulers": (
                 report_steps.schedulers,
@@ -288,4 +289,6 @@ def tables(results: list[Result]) -> dict[str, Callable[[], str]]:
             holding = [r for r in some if any(entry.get("op") in ops for entry in r.entries)]
             made[f"{name}_{kind}"] = functools.partial(make, holding) if holding else not_measured
     gpu = [result for result in results if result.machine["device"] == "cuda"]
-    return made | {"targets_gpu": lambda: targets_gpu(gpu)}
+    made["targets_gpu"] = lambda: targets_gpu(gpu)
+    made["digits_commands"] = report_digits.commands
+    return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,15 +256,16 @@ def test_student_and_ablation_are_compared_seed_by_seed(
     assert f"seed by seed: {line}" in capsys.readouterr().out
 
 
-def test_a_teacher_starts_from_the_noise_of_the_student(tmp_path: Path) -> None:
+@pytest.mark.parametrize("process", [dk.diffusion.VPCosine(), dk.diffusion.EDM()], ids=["VP", "VE"])
+def test_a_teacher_starts_from_the_noise_of_the_student(process: Any, tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher.safetensors", classes=3)
     drawing = sets.Drawing(5, 2, torch.device("cpu"), "fp32")
-    process = dk.diffusion.VPCosine()
     grid = dk.diffusion.time_grid(process, 4)
     plan = dk.diffusion.SolverPlan.build(process, grid, "tab2", prediction="x0")
     (samples,) = sets.teachers(str(teacher), [plan], drawing)
     model = dk.diffusion.for_process(dk.models.load(teacher), process)
     noise = dk.sampling.generation.noise_of(network(), range(5), 1)
+    noise *= 1.0 if isinstance(process, dk.diffusion.VPCosine) else (1 + 80.0**2) ** 0.5
     with torch.no_grad():
         labels = {"y": torch.tensor([0, 1, 2, 0, 1])}
         x = dk.diffusion.sample(model, noise, plan, kwargs=labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from dsno_kernels.training.trajectories import (  # noqa: E402
     TrajectoryDataset,
     TrajectoryError,
 )
+from dsno_kernels.training.trajectory_source import open_source  # noqa: E402
 from tests.helpers import assert_close  # noqa: E402
 from tests.trajectory_runs import (  # noqa: E402
     COUNT,
@@ -133,7 +135,32 @@ def test_a_process_that_grows_starts_from_its_own_noise(tmp_path: Path, whole: P
     plan = SolverPlan.build(process, time_grid(process, 4, "karras"), "tab2", prediction="x0")
     write(tmp_path, model=lambda x, t: x / (1 + t * t), plan=plan)
     noise = everything(tmp_path)[0][:, 0]
-    assert_close(noise, everything(whole)[0][:, 0] * (1 + 80.0**2) ** 0.5, FLOAT32)
+    normal, scale = everything(whole)[0][:, 0], (1 + 80.0**2) ** 0.5
+    assert_close(noise, normal * scale, FLOAT32)
+    assert TrajectoryDataset(tmp_path).noise_scale == pytest.approx(scale)
+
+
+def test_a_student_starts_from_standard_normal_noise(tmp_path: Path, whole: Path) -> None:
+    """Of any process; what `sample` gives it."""
+    cpu = torch.device("cpu")
+    plan = SolverPlan.build(EDM(), time_grid(EDM(), 4, "karras"), "tab2", prediction="x0")
+    write(tmp_path, model=lambda x, t: x / (1 + t * t), plan=plan)
+    grown, states, _ = open_source(tmp_path, cpu).batch(torch.arange(COUNT))
+    noise, *_ = open_source(whole, cpu).batch(torch.arange(COUNT))
+    assert torch.equal(noise, everything(whole)[0][:, 0])
+    assert_close(grown, noise, FLOAT32)
+    assert torch.equal(states, everything(tmp_path)[0][:, 1:])
+
+
+def test_a_manifest_without_the_scale_of_the_noise(tmp_path: Path) -> None:
+    """As the first version wrote it: its processes had 1."""
+    write(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("noise_scale") == 1.0
+    path.write_text(json.dumps(manifest))
+    assert TrajectoryDataset(tmp_path).noise_scale == 1.0
+    write(tmp_path, lambda x, t: pytest.fail("there is nothing left to do"))
 
 
 def test_classes_and_guidance(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dsno_kernels.models import DSNO, EDMDenoiser, load
 from dsno_kernels.sampling.generation import batches, class_labels, noise_of, read_logsnr
 from dsno_kernels.training import images
 from dsno_kernels.training.errors import CommandError
+from dsno_kernels.training.manifest import noise_scale
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,7 @@ def student(name: str, path: str, drawing: Drawing) -> SampleSet:
 
 
 def teachers(path: str, plans: Sequence[diffusion.SolverPlan], drawing: Drawing) -> list[SampleSet]:
-    """Samples of a denoiser, a set for each plan (of x0 prediction, on a process that begins with
-    standard normal noise).
-    """
+    """Samples of a denoiser, a set for each plan (of x0 prediction)."""
     model: EDMDenoiser = load(path, drawing.device, kind="edm_denoiser")
 
     def set_of(plan: diffusion.SolverPlan) -> SampleSet:
@@ -97,7 +96,9 @@ def teachers(path: str, plans: Sequence[diffusion.SolverPlan], drawing: Drawing)
 
 @torch.no_grad()
 def _solve(model: EDMDenoiser, plan: diffusion.SolverPlan, seed: int, drawing: Drawing) -> Tensor:
-    """Images ``(count, C, H, W)``: from the same noise as those of a student with that seed."""
+    """Images ``(count, C, H, W)``: from the noise of a student with that seed, as large as the
+    plan's process has it.
+    """
     network, device = model.network, drawing.device
     assert isinstance(network, DSNO)
     denoiser = diffusion.for_process(model, plan.process)
@@ -106,7 +107,7 @@ def _solve(model: EDMDenoiser, plan: diffusion.SolverPlan, seed: int, drawing: D
     parts = []
     for start in range(0, drawing.count, drawing.batch):
         rows = range(start, min(start + drawing.batch, drawing.count))
-        noise = noise_of(network, rows, seed).to(device)
+        noise = noise_of(network, rows, seed).to(device).mul_(noise_scale(plan))
         kwargs = {} if labels is None else {"y": labels[rows.start : rows.stop].to(device)}
         with torch.autocast(device.type, torch.bfloat16, drawing.precision == "bf16"):
             x = diffusion.sample(denoiser, noise, plan, kwargs=kwargs, generator=generator)

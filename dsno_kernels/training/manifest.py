@@ -71,7 +71,16 @@ def make(
         "positions": list(positions),
         "times": grid[list(positions)].tolist(),
         "logsnr": [logsnr[i] for i in positions],
+        "noise_scale": noise_scale(plan),
     }
+
+
+def noise_scale(plan: SolverPlan) -> float:
+    r"""Standard deviation of the state that a plan starts from, for data of deviation 1:
+    :math:`\sqrt{\alpha^2 + \sigma^2}`, which is 1 for variance preserving processes.
+    """
+    start = plan.grid[0].detach()
+    return float(torch.hypot(plan.process.alpha(start), plan.process.sigma(start)))
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -134,6 +143,7 @@ def read(folder: Path) -> dict[str, Any]:
     keys = ("count", "shards", "shape", "positions", "times", "logsnr", "classes")
     if missing := [key for key in keys if key not in manifest]:
         raise TrajectoryError(f"{path} is damaged: {missing[0]} is missing")
+    manifest.setdefault("noise_scale", 1.0)  # earlier versions did not write it
     return manifest
 
 

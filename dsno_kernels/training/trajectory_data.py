@@ -45,6 +45,8 @@ class TrajectoryDataset(Dataset[Any]):
         manifest: None for a single LMDB.
         logsnr: log(alpha^2 / sigma^2) of the frames, float64 ``(F,)``; None for a single LMDB.
         labels: int64 ``(N,)``, or None.
+        noise_scale: standard deviation of frame 0; 1 for a single LMDB, whose process is variance
+            preserving.
         checksum: of all values, hexadecimal; None for a single LMDB.
 
     Raises:
@@ -65,6 +67,7 @@ class TrajectoryDataset(Dataset[Any]):
         self.path = Path(path)
         self.manifest: dict[str, Any] | None = None
         self.logsnr: Tensor | None = None
+        self.noise_scale = 1.0
         self.checksum: str | None = None
         single = next(
             (p for p in (self.path, self.path / "lmdb") if (p / "data.mdb").exists()), None
@@ -107,6 +110,7 @@ class TrajectoryDataset(Dataset[Any]):
         if shape is not None and tuple(shape) != self._stored:
             raise TrajectoryError(f"{self.path} stores {self._stored}, not {tuple(shape)}")
         self.logsnr = torch.tensor(manifest["logsnr"], dtype=torch.float64)
+        self.noise_scale = manifest["noise_scale"]
         shards, count = manifest["shards"], manifest["count"]
         self._paths = [self.path / shard_name(i, shards) for i in range(shards)]
         ranges = [shard_range(i, shards, count) for i in range(shards)]

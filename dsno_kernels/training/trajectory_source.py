@@ -29,6 +29,8 @@ class Source:
         logsnr: of the states, frames 1.., ``(F - 1,)``.
         device: of the training.
         held: bytes up to which it is held whole.
+        noise_scale: standard deviation of frame 0, by which it is divided: a student starts from
+            standard normal noise, whatever the process of its teacher.
 
     Attributes:
         logsnr: float32 ``(T,)`` on the device, with T = F - 1.
@@ -38,9 +40,15 @@ class Source:
     """
 
     def __init__(
-        self, dataset: Any, logsnr: Tensor, device: torch.device, held: int = HELD
+        self,
+        dataset: Any,
+        logsnr: Tensor,
+        device: torch.device,
+        held: int = HELD,
+        *,
+        noise_scale: float = 1.0,
     ) -> None:
-        self.dataset, self.device = dataset, device
+        self.dataset, self.device, self.noise_scale = dataset, device, noise_scale
         self.logsnr = logsnr.to(device, torch.float32)
         self.image_shape: tuple[int, int, int] = tuple(dataset.shape[1:])
         self.checksum: str | None = dataset.checksum
@@ -75,7 +83,7 @@ class Source:
         if self.device.type == "cuda":  # a copy from pinned memory does not hold up the host
             frames = frames.pin_memory().to(self.device, non_blocking=True)
             labels = None if labels is None else labels.to(self.device, non_blocking=True)
-        return frames[:, 0].contiguous(), frames[:, 1:].contiguous(), labels
+        return frames[:, 0] / self.noise_scale, frames[:, 1:].contiguous(), labels
 
 
 def open_source(
@@ -113,4 +121,4 @@ def open_source(
     if values is None or len(values) != T:
         given = "none" if values is None else str(len(values))
         raise CommandError(f"--logsnr needs a number for each of the {T} states, got {given}")
-    return Source(dataset, values, device)
+    return Source(dataset, values, device, noise_scale=dataset.noise_scale)

@@ -185,9 +185,7 @@ class _Maker:
         self.plan, self.positions, self.shape, self.seed = plan, positions, shape, seed
         self.denoiser, self.device = denoiser, device
         self.guidance, self.no_class = guidance, no_class
-        start = plan.grid[0].detach()
-        alpha, sigma = plan.process.alpha(start), plan.process.sigma(start)
-        self.scale = float(torch.hypot(alpha, sigma))
+        self.scale = manifests.noise_scale(plan)
 
     def __call__(self, samples: range, y: np.ndarray | None) -> np.ndarray:
         """Values as they are stored, ``(B, C, F, H, W)``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -62,6 +63,37 @@ def test_a_step_writes_its_frame_and_the_next_reads_it_there(name: str, mode: An
     assert copies.count == 2  # x_T, and position 2 again
     if not plan.looks_ahead.any():
         assert {frames[:, k].data_ptr() for k in (1, 2, 4)} <= set(places)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [np.array([0, 5]), [np.int64(0), np.int32(5)], torch.tensor([0, 5]), range(0, 6, 5)],
+    ids=["array", "numbers", "tensor", "range"],
+)
+def test_integers_of_any_library_are_positions(positions: Any) -> None:
+    frames = diffusion.sample(model, X, PLAN, frames=positions)
+    assert torch.equal(frames[:, 0], X)
+    assert torch.equal(frames[:, 1], diffusion.sample(model, X, PLAN))
+
+
+@pytest.mark.parametrize(
+    "times",
+    [PLAN.grid[[2]].numpy(), PLAN.grid[[2]].float().numpy(), list(PLAN.grid[[2]])],
+    ids=["float64", "float32", "tensors"],
+)
+def test_floats_of_any_library_are_times(times: Any) -> None:
+    frames = diffusion.sample(model, X, PLAN, frames=times)
+    assert torch.equal(frames, diffusion.sample(model, X, PLAN, frames=[2]))
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [3, 0.5, "0", [True], np.array([False]), [None], torch.tensor(1), torch.zeros(1, 2)],
+    ids=["int", "float", "str", "bool", "bools", "none", "no_axes", "two_axes"],
+)
+def test_frames_that_are_no_sequence_of_numbers(frames: Any) -> None:
+    with pytest.raises(TypeError, match="frames must be numbers in one sequence"):
+        diffusion.sample(model, X, PLAN, frames=frames)
 
 
 @pytest.mark.parametrize("order", [(0, 2, 3, 1), (3, 0, 1, 2)], ids=["channels_last", "permuted"])

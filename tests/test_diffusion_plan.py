@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -326,7 +327,8 @@ def test_a_process_of_ones_own() -> None:
 
 def test_equal_arguments_share_a_plan() -> None:
     assert build("unipc3") is SolverPlan.build(VPLinear(), GRID.tolist(), "unipc3_bh2")
-    assert build("tab", order=6) is build("tab6")
+    for order in (6, np.int64(6)):
+        assert build("tab", order=order) is build("tab6")
     assert build("tab3") is not build("tab2")
     assert build("tab3") is not SolverPlan.build(VPLinear(beta_max=19.0), GRID, "tab3")
     free = GRID.clone().requires_grad_()

@@ -6,10 +6,12 @@ The CUDA graph is a stand-in here; tests/test_gpu_sample.py has the real one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dsno_kernels import diffusion
 from dsno_kernels.diffusion import EDM, CapturedSampler, SolverPlan, VPLinear, time_grid
@@ -56,21 +58,64 @@ def noise_of(row: int) -> Tensor:
     return torch.randn(2, 3, 4, generator=seeded, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_one_compiled_graph_for_twenty_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._dynamo.testing import CompileCounterWithBackend
-
+def compiled_by_a_counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda run, **options: compiled(run, backend=counter, **options)
     )
-    plan = plan_of(name)
+    return counter
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_compiled_graph_for_twenty_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter, plan = compiled_by_a_counter(monkeypatch), plan_of(name)
     for _ in range(2):  # a second sample needs no new graph
         x = torch.randn(2, 3, 4, dtype=torch.float64)
         ours = diffusion.sample(model, x, plan, compile=True, generator=generator())
         assert_close(ours, diffusion.sample(model, x, plan, generator=generator()), FLOAT64)
     assert counter.frame_count == 1 and counter.op_count > 3
+
+
+def embedded(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    return torch.tanh(x + t + label.reshape(-1, 1, 1))
+
+
+def guided_by(label: Tensor, scale: float | Tensor) -> dict[str, Any]:
+    return {
+        "kwargs": {"label": label},
+        "unconditional": {"label": torch.zeros(2)},
+        "guidance": scale,
+    }
+
+
+def test_one_graph_serves_other_plans_and_guidance_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = compiled_by_a_counter(monkeypatch)
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    for steps in (*range(2, 13), 63):
+        plan = plan_of("tab1", steps)
+        ours = diffusion.sample(model, x, plan, compile=True)
+        assert_close(ours, plan.replay(model, x), FLOAT64)
+    assert counter.frame_count == 1
+    plan, graphs = plan_of("tab1", 4), []
+    for k in range(12):
+        options = guided_by(torch.ones(2), 1 + k / 2)
+        ours = diffusion.sample(embedded, x, plan, compile=True, **options)
+        assert_close(ours, diffusion.sample(embedded, x, plan, **options), FLOAT64)
+        graphs.append(counter.frame_count)
+    assert graphs[0] > 1 and graphs == graphs[:1] * 12
+
+
+def test_graphs_beyond_the_limit_of_dynamo_replace_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counter, plan = compiled_by_a_counter(monkeypatch), plan_of("tab1", 4)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for batch in (1, 2, 3, 4, 4):
+            x = torch.randn(batch, 3)
+            ours = diffusion.sample(model, x, plan, compile=True)
+            assert_close(ours, plan.replay(model, x.double()), 1e-5)
+    assert counter.frame_count == 4
 
 
 def test_inductor_compiles_model_and_step() -> None:
@@ -169,6 +214,18 @@ def test_a_captured_sampler_serves_many_calls(name: str, monkeypatch: pytest.Mon
         if first is None:
             first = ours, ours.clone()
     assert torch.equal(*first)  # not overwritten by later calls
+
+
+def test_a_captured_sampler_sees_guided_labels_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one call on the doubled batch too, for which the labels are joined anew in each row."""
+    capture_on_the_host(monkeypatch)
+    x, label, plan = torch.randn(2, 3, 4), torch.zeros(2), plan_of("tab1", 4)
+    sampler = CapturedSampler(embedded, x, plan, **guided_by(label, 2.0))
+    for value in (0.5, 1.0):
+        label.fill_(value)
+        assert_close(
+            sampler(x), diffusion.sample(embedded, x, plan, **guided_by(label, 2.0)).double(), 1e-6
+        )
 
 
 def test_what_a_captured_sampler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ class Calls:
         unconditional: of the unconditional call; None without guidance.
         split: two calls in place of one on the doubled batch.
         batch: how many samples there are; None for a state without axes.
+        joined: the arguments of both calls as those of one on the doubled batch, where they are
+            made once (`joined_once`); None: in each call.
     """
 
     denoiser: Callable[..., Tensor]
@@ -30,6 +31,7 @@ class Calls:
     unconditional: Mapping[str, Any] | None
     split: bool
     batch: int | None
+    joined: Mapping[str, Any] | None = None
 
     def __call__(self, x: Tensor, t: Tensor, row: int | None) -> tuple[Tensor, Tensor | None]:
         """The conditional and the unconditional output; `row` is named in errors."""
@@ -40,16 +42,21 @@ class Calls:
                 self._output(x, t, self.kwargs, row),
                 self._output(x, t, self.unconditional, row),
             )
-        both = self._output(torch.cat([x, x]), t, self.joined, row)
+        joined = self._together() if self.joined is None else self.joined
+        both = self._output(torch.cat([x, x]), t, joined, row)
         return both[: len(x)], both[len(x) :]
 
-    @cached_property
-    def joined(self) -> dict[str, Any]:
-        """The arguments of both calls as those of one on the doubled batch."""
+    def joined_once(self) -> Calls:
+        """These calls on arguments as they are now; later changes in place are not seen."""
+        if self.unconditional is None or self.split:
+            return self
+        return replace(self, joined=self._together())
+
+    def _together(self) -> dict[str, Any]:
         assert self.unconditional is not None
         if self.batch is None:
             raise ValueError("guidance in one call needs a batch axis; give split_guidance=True")
-        names = set(self.kwargs) | set(self.unconditional)
+        names = {**self.kwargs, **self.unconditional}
         return {name: self._joined(name, self.unconditional) for name in names}
 
     def _joined(self, name: str, unconditional: Mapping[str, Any]) -> Any:

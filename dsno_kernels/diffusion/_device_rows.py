@@ -1,7 +1,9 @@
 """Rows in place, chosen by an index on the device: one code for all rows.
 
 So `torch.compile` makes one graph of it, and one CUDA graph of it is replayed for each row. The
-history is a ring buffer; no gradients are recorded.
+history is a ring buffer; no gradients are recorded. What differs between plans and calls (rows,
+their number, a guidance scale) is read from tensors of the same shapes, so that a compiled graph
+serves them all.
 """
 
 from __future__ import annotations
@@ -10,10 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import reset_code
 
 from dsno_kernels import _cuda_graph
 from dsno_kernels.diffusion._rows import Setting
-from dsno_kernels.functional import exp_step, solver_step
+from dsno_kernels.functional import exp_step, solver_step, step_checks
+
+
+def padded(rows: Tensor) -> Tensor:
+    """These rows, and rows of 0 that are not read, up to a multiple of 64."""
+    return torch.cat([rows, rows.new_zeros(-len(rows) % 64, *rows.shape[1:])])
 
 
 class DeviceRows:
@@ -27,11 +35,16 @@ class DeviceRows:
         plan, device = setting.plan, setting.device
         self.setting, self.calls = setting, setting.calls
         self.R, self.K = plan.evaluations, plan.history_length
-        self.table = plan.table.detach().to(device)
+        self.table = padded(plan.table.detach()).to(device)
         c_in = torch.cat([plan.initial_c_in.reshape(1), plan.column("c_in")[:-1]])
-        self.c_in = c_in.detach().to(device) if setting.scaled else None
-        self.times = setting.times.detach()
+        self.c_in = padded(c_in.detach()).to(device) if setting.scaled else None
+        self.times = padded(setting.times.detach())
         self.seeds = setting.seeds
+        self.options = dict(setting.options)
+        guidance = self.options["guidance"]
+        if guidance is not None and not isinstance(guidance, Tensor):
+            (value,) = step_checks.numbers("guidance", [guidance])
+            self.options["guidance"] = torch.full((), value, dtype=torch.float64, device=device)
         self.base = self.point = torch.zeros_like(x, dtype=setting.dtype)
         self.ahead = bool(plan.looks_ahead.any())
         if self.ahead:
@@ -45,8 +58,9 @@ class DeviceRows:
             self.ring.zero_()
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.check_finite = check_finite
-        self._numbers = torch.arange(self.R, device=device)
-        self._sums = torch.zeros(self.R, dtype=setting.dtype, device=device)
+        self._count = torch.full((1,), self.R, device=device)
+        self._numbers = torch.arange(len(self.table), device=device)
+        self._sums = torch.zeros(len(self.table), dtype=setting.dtype, device=device)
         self._noisy = (plan.column("s") != 0).tolist()
 
     def begin(self, x: Tensor, history: Sequence[Tensor]) -> None:
@@ -88,19 +102,31 @@ class DeviceRows:
             keep_entry=stored,
             store=stored,
             inplace=True,
-            **setting.options,
+            **self.options,
         )
         if self.ahead:
             self.point.copy_(new.point)
-        index.copy_((index + 1) % self.R)
+        index.copy_((index + 1) % self._count)
         return self.base
 
     @property
     def backend(self) -> str | None:
-        return self.setting.options["backend"]
+        return self.options["backend"]
 
     def compiled(self) -> Callable[[], object]:
-        return torch.compile(self.row, fullgraph=True, dynamic=False)
+        """The compiled row. Where the process has as many graphs of it as `torch.compile` keeps,
+        such as of other models or shapes, it forgets them.
+        """
+        row = torch.compile(self.row, fullgraph=True, dynamic=False)
+
+        def run() -> object:
+            try:
+                return row()
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                reset_code(DeviceRows.row.__code__)
+                return row()
+
+        return run
 
     def captured(self) -> Callable[[], object]:
         """A replay of the row as a CUDA graph; `begin` anew afterwards."""
@@ -129,4 +155,4 @@ class DeviceRows:
 
     def finite(self) -> Tensor:
         """As `Rows.finite`."""
-        return self._sums.isfinite()
+        return self._sums[: self.R].isfinite()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,10 +70,26 @@ class Frames:
         return torch.stack([self._found[row] for row in self.rows if row in self._found], 1)
 
 
+def _numbers(frames: object) -> list[int | float]:
+    """Positions stay integers, times become floats."""
+    given = frames.tolist() if isinstance(frames, (Tensor, np.ndarray)) else frames
+    numbers: list[int | float] = []
+    for frame in given if isinstance(given, Iterable) else [None]:
+        if isinstance(frame, Tensor) and frame.ndim == 0:
+            frame = frame.item()
+        if isinstance(frame, bool) or not isinstance(frame, Real):
+            raise TypeError(
+                "frames must be numbers in one sequence, floats for times and integers for"
+                f" positions in the grid, got {frames!r}"
+            )
+        numbers.append(int(frame) if isinstance(frame, Integral) else float(frame))
+    return numbers
+
+
 def frame_rows(plan: SolverPlan, frames: Sequence[int] | Sequence[float] | Tensor) -> list[int]:
     """The row after which base stands at each frame; -1 for x_T."""
     grid = plan.grid.detach()
-    given = frames.tolist() if isinstance(frames, Tensor) else list(frames)
+    given = _numbers(frames)
     if not given:
         raise ValueError("frames must name at least one time, got none")
     after: dict[float, int] = {float(grid[0]): -1}
@@ -82,7 +100,7 @@ def frame_rows(plan: SolverPlan, frames: Sequence[int] | Sequence[float] | Tenso
             after.setdefault(time, i)
     rows = []
     for frame in given:
-        if isinstance(frame, int) and not isinstance(frame, bool):
+        if isinstance(frame, int):
             if not 0 <= frame < len(grid):
                 raise ValueError(f"frame {frame} is not a position in the grid, 0..{len(grid) - 1}")
             time = float(grid[frame])

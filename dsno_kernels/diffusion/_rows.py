@@ -32,8 +32,8 @@ class Setting:
         dtype: of the state.
         model_dtype: of the model's input.
         noise: the caller's own, by row.
-        seeds: int64 ``(evaluations + 1, 2)``, for the noise before the first row and of each; None
-            for a plan without noise, or with the caller's.
+        seeds: int64, rows of two for the noise before the first row and of each row (`padded`);
+            None for a plan without noise, or with the caller's.
         keep_entry: whether the newest history entry is wanted by somebody other than the solver.
         options: of `solver_step`, the same for every row.
     """
@@ -98,7 +98,7 @@ class Rows:
     """
 
     def __init__(self, setting: Setting, check_finite: bool) -> None:
-        self.setting = setting
+        self.setting, self.calls = setting, setting.calls.joined_once()
         plan = setting.plan
         self.sizes: list[list[float]] = plan.table.tolist()
         self.s = plan.columns["s"].start
@@ -126,7 +126,7 @@ class Rows:
         """
         base, point, x, *entries = state
         setting = self.setting
-        output, unconditional = setting.calls(x, setting.times[i], i)
+        output, unconditional = self.calls(x, setting.times[i], i)
         if self.check_finite:
             total = output.detach().sum(dtype=setting.dtype)
             if unconditional is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsno_kernels.diffusion._calls import Calls
-from dsno_kernels.diffusion._device_rows import DeviceRows
+from dsno_kernels.diffusion._device_rows import DeviceRows, padded
 from dsno_kernels.diffusion._frames import Frames, frame_rows
 from dsno_kernels.diffusion._rows import Rows, Setting
 from dsno_kernels.diffusion.plan import SolverPlan
@@ -84,8 +84,11 @@ def sample(
             backward pass; two up to 8. Its insides are kept for one row at a time. A `noise` of
             your own must give the same tensors again.
         compile: compile model and step with ``torch.compile(fullgraph=True)``: one graph for all
-            rows, kept for later calls with the same denoiser and shapes. Records no gradients;
-            where they are wanted, or the model is no single graph, compile the model alone.
+            rows, kept for later calls with the same denoiser and shapes, at other guidance scales
+            and numbers of steps too (64 more need another). A process keeps
+            ``torch._dynamo.config.recompile_limit`` of them, and forgets them all for one more.
+            Records no gradients; where they are wanted, or the model is no single graph, compile
+            the model alone.
         cuda_graph: capture model and step as one CUDA graph, and replay it for each row. Each call
             captures anew, which runs the model four times; :class:`CapturedSampler` keeps the
             graph. Records no gradients; what the denoiser does must be capturable.
@@ -191,6 +194,12 @@ def setting_of(
 ) -> Setting:
     """The arguments of `sample`, checked."""
     _check(denoiser, x_T, plan, clip, threshold, model_dtype)
+    for name, given in (("kwargs", kwargs), ("unconditional", unconditional)):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(
+                f"{name} must be a mapping from names to arguments of the denoiser, got"
+                f" {type(given).__name__}"
+            )
     if (unconditional is None) != (guidance is None):
         raise ValueError("unconditional and guidance come together: give both or neither")
     batch = x_T.shape[0] if x_T.ndim else None
@@ -232,6 +241,11 @@ def _check(
 
 
 def check_history(plan: SolverPlan, history: Sequence[Tensor]) -> None:
+    if not isinstance(history, (Sequence, Tensor)):
+        raise TypeError(
+            f"history must be a sequence of tensors, newest first, got {type(history).__name__};"
+            " give () for none"
+        )
     if len(history) != len(plan._seeds):
         raise ValueError(
             f"the plan starts from {len(plan._seeds)} history entries, got {len(history)}"
@@ -255,9 +269,14 @@ def seeds_of(
 ) -> Tensor | None:
     if not plan.stochastic():
         return None
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {generator!r}: for example"
+            " torch.Generator().manual_seed(0)"
+        )
     source = "cpu" if generator is None else generator.device
     shape = (plan.evaluations + 1, 2)
-    return torch.randint(2**63 - 1, shape, generator=generator, device=source).to(device)
+    return padded(torch.randint(2**63 - 1, shape, generator=generator, device=source)).to(device)
 
 
 def all_finite(plan: SolverPlan, finite: Tensor) -> None:

@@ -105,8 +105,9 @@ def solver_step(
 
     Raises:
         TypeError, ValueError, NotImplementedError: as in :func:`exp_step`. A row on the host that
-        needs more history, or noise, than is given raises; a row on another device is not looked
-        at, and a missing term counts as 0.
+        needs more history, or noise, than is given raises. A tensor's row is not looked at on
+        another device, under a ``torch.func`` transform, or where compiled code records a graph: a
+        missing term counts as 0 there.
 
     Differentiable in all tensors, the table and a guidance tensor included, to any order; store,
     inplace and out record no graph.
@@ -290,5 +291,7 @@ def _memory(
     if head is None or not isinstance(history, Tensor):
         raise ValueError("store=True writes into a ring buffer: history in one tensor, with head")
     step_checks.target("history", history, inputs)
-    slot = 0 if isinstance(head, Tensor) else (head + 1) % history.shape[0]
+    if isinstance(head, Tensor):
+        return _step.Memory(out, history)
+    slot = (step_checks.integer("head", head) + 1) % history.shape[0]
     return _step.Memory(out, history, slot)

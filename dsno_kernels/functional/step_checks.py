@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def history_entries(
         if head.ndim:
             raise ValueError(f"head must be a tensor without axes, got shape {tuple(head.shape)}")
         return entries, head
-    checks.integer("head", head)
+    head = integer("head", head)
     k = len(entries)
     if torch.compiler.is_compiling():
         # A list is indexed by a constant: one graph for each head. A tensor is not.
@@ -115,7 +116,7 @@ def table_rows(
             f"with an index, {name} must be a table [N, cols], got {tuple(table.shape)}"
         )
     if not isinstance(index, Tensor):
-        checks.integer("index", index)
+        index = integer("index", index)
         if not 0 <= index < table.shape[0]:
             raise ValueError(f"index {index} is out of range for a table of {table.shape[0]} rows")
         return table.select(0, index), None
@@ -157,6 +158,14 @@ def all_like(
                 f"{name} must have the shape of {of}, {tuple(shape)}, got {tuple(value.shape)}"
             )
         checks.same_device({of: x, name: value})
+
+
+def integer(name: str, value: object) -> int:
+    """A Python or NumPy integer, no bool; one of `torch.compile` stays symbolic."""
+    if isinstance(value, np.integer):
+        return int(value)
+    checks.integer(name, value)
+    return cast(int, value)
 
 
 def integer_tensor(name: str, value: Tensor, x: Tensor) -> None:

@@ -289,9 +289,10 @@ def _grad_of_rows(
     if dots is None or coefficients is None or not tensors:
         return None
     if index is not None:
-        # Repeated rows add up in the order of the samples.
+        # Repeated rows add up in the order of the samples. The step has clamped the index.
         table = dots.new_zeros(coefficients.shape)
-        dots = table.index_put((index.reshape(-1),), dots, accumulate=True)
+        rows = index.reshape(-1).clamp(0, len(table) - 1)
+        dots = table.index_put((rows,), dots, accumulate=True)
     elif coefficients.ndim == 1:
         dots = dots[0]
     return dots.to(coefficients.dtype)

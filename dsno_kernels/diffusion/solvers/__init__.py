@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dsno_kernels.diffusion.processes import integer
 from dsno_kernels.diffusion.solvers import adams, dpm, runge_kutta, unipc
 from dsno_kernels.diffusion.solvers._problem import Problem, Rows
 
@@ -186,7 +187,5 @@ def find(name: str, order: int | None = None) -> Solver:
 def _with_number(name: str, order: int) -> str:
     """ "unipc_bh1" and 3 make "unipc3_bh1"; "sde_dpmpp" and 2 make "sde_dpmpp_2"."""
     stem, bh, variant = name.partition("_bh")
-    if not isinstance(order, int) or isinstance(order, bool):
-        raise TypeError(f"order must be an integer, got {order!r}")
     joint = "_" if stem == "sde_dpmpp" else ""
-    return f"{stem}{joint}{order}{bh}{variant}"
+    return f"{stem}{joint}{integer('order', order)}{bh}{variant}"

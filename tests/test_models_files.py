@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -158,6 +159,32 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"must be a DSNO or an EDMDenoiser of one"):
         dk.models.save(torch.nn.Linear(2, 2), tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_processes_left_is_removed(path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    parts = [Path(f"{path}.{pid}.part") for pid in (gone.pid, os.getppid(), "mine")]
+    for part in parts:
+        part.write_bytes(b"half")
+    dk.models.save(DSNO(TINY), path)
+    assert [part.exists() for part in parts] == [False, True, True]
+
+
+def test_each_process_writes_a_temporary_file_of_its_own(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, names = os.replace, []
+
+    def replace_and_note(source: Path, target: Path) -> None:
+        names.append(source.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_and_note)
+    for pid in (11, 12):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        dk.models.save(DSNO(TINY), path)
+    assert names == ["model.safetensors.11.part", "model.safetensors.12.part"]
 
 
 def test_a_full_disk_leaves_the_earlier_file(path: Path) -> None:

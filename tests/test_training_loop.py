@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import resource
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -95,7 +96,9 @@ def test_an_interrupted_run_continues_to_the_bit(tmp_path: Path, whole: Path) ->
     with pytest.raises(KeyboardInterrupt, match=r"of step 3 is in .*; the same command continues"):
         run(tmp_path, Task(interrupt))
     # As kill -9 may leave a folder: half a checkpoint, and half a row of a loss that is not saved.
-    (tmp_path / f"{checkpoint.NAME}.part").write_bytes(b"half")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / f"{checkpoint.NAME}.{gone.pid}.part").write_bytes(b"half")
     with open(tmp_path / "loss.csv", "a") as file:
         file.write("4,0.5,0.1,0.001\n5,0.")
     task = Task()
@@ -248,6 +251,21 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CommandError, match=r"--out .*file cannot be written"):
         run(tmp_path / "file")
+
+
+def test_two_runs_in_one_folder(tmp_path: Path, whole: Path) -> None:
+    """The second is refused while the first trains; the first is as if it had been alone."""
+    refused = []
+
+    def start_another(update: int) -> None:
+        if update in (2, 5):
+            with pytest.raises(CommandError, match=r"another run writes into --out .*; wait until"):
+                run(tmp_path)
+            refused.append(update)
+
+    run(tmp_path, Task(start_another))
+    assert refused == [2, 5]
+    assert same_end(tmp_path, whole)
 
 
 def test_a_batch_that_does_not_divide(tmp_path: Path) -> None:

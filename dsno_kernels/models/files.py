@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -132,7 +133,8 @@ def write_tensors(
     )
     # Not safetensors' own save_file: its errors do not tell a full disk from another fault, and a
     # killed process leaves a temporary file of a random name.
-    part = Path(f"{path}.part")
+    _remove_leftovers(Path(path))
+    part = Path(f"{path}.{os.getpid()}.part")  # another process writes another one
     try:
         with open(part, "wb") as file:
             file.write(content)
@@ -142,6 +144,19 @@ def write_tensors(
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote this file."""
+    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        pid = part.suffixes[-2][1:]
+        if pid.isdecimal():
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                part.unlink(missing_ok=True)
+            except (OSError, OverflowError):  # it lives, as another user; or that is no process
+                pass
 
 
 def read_tensors(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,34 @@ class State:
     model: nn.Module
     average: AveragedModel
     optimizer: torch.optim.Optimizer
+
+
+@contextlib.contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Within it no other run trains in the folder; called by all processes.
+
+    The lock is the system's and ends with the process, however that ends. Where the file system
+    has no locks there is none.
+
+    Raises:
+        CommandError: another run has it.
+    """
+    with contextlib.ExitStack() as stack:
+        error = None
+        if distributed.rank() == 0:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                error = (
+                    f"another run writes into --out {folder}; wait until it ends, or give another"
+                    " --out"
+                )
+            except OSError:
+                pass
+        distributed.agree(error)
+        yield
 
 
 def save(path: Path, state: State, step: int, identity: Mapping[str, Any]) -> None:

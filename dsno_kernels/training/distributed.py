@@ -92,6 +92,19 @@ def mean(values: Tensor) -> Tensor:
     return values / size()
 
 
+def agree(error: str | None) -> None:
+    """Tell all processes what the first one says; the others' own words do not count.
+
+    Raises:
+        CommandError: on each of them, where that is an error.
+    """
+    said = [error]
+    if size() > 1:
+        dist.broadcast_object_list(said)
+    if said[0] is not None:
+        raise CommandError(said[0])
+
+
 def parallelize(model: nn.Module, kind: str) -> nn.Module:
     """The model to call in training, whose gradients are the mean over the processes.
 

@@ -68,8 +68,8 @@ def fit(
 
     Raises:
         CommandError: the batch does not divide, a checkpoint of another run, a folder that cannot
-        be written, a loss or a gradient that is not finite. KeyboardInterrupt: says where the run
-        continues.
+        be written or in which another run trains, a loss or a gradient that is not finite.
+        KeyboardInterrupt: says where the run continues.
 
     Example:
         >>> average = fit(model, task, Options(steps=1000, batch=64, learning_rate=1e-3), out, {})
@@ -84,7 +84,10 @@ def fit(
     device = next(model.parameters()).device
     path = out / checkpoint.NAME
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with (
+            checkpoint.only_run(out),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):
             return _run(model, task, options, path, metadata)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{checkpoint.earlier(path)}; the same command continues") from None

@@ -23,7 +23,7 @@ import lmdb
 import dsno_kernels as dk
 from dsno_kernels import commands
 from dsno_kernels.models import read_metadata
-from dsno_kernels.training import student
+from dsno_kernels.training import student, trajectory_source
 from dsno_kernels.training.trajectories import write_trajectories
 from dsno_kernels.training.trajectory_source import Source, open_source
 from tests import ranks, small_models
@@ -295,6 +295,26 @@ def test_trajectories_that_do_not_fit_are_one_sentence(
         error = refused(capsys, words(path, tmp_path / "out", *more))
         assert all(part in error for part in parts), error
     assert not (tmp_path / "out").exists()
+
+
+def test_changed_values_are_not_learned(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are compared with their checksums where all are read, or when that is asked for."""
+    copy = Path(shutil.copytree(data, tmp_path / "copy"))
+    with (
+        lmdb.open(str(copy / "shard-00000-of-00001")) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        transaction.put(b"3", np.ones((1 + STATES) * 64, np.float32).tobytes())
+    line = words(copy, tmp_path / "out", *NETWORK)
+    assert "do not have the checksum" in refused(capsys, line)
+    monkeypatch.setattr(trajectory_source, "HELD", 0)
+    assert "do not have the checksum" in refused(capsys, [*line, "--verify"])
+    assert not (tmp_path / "out").exists()
+    single, options = official(tmp_path / "official", data)
+    error = refused(capsys, words(single, tmp_path / "out", *NETWORK, *options, "--verify"))
+    assert "has no sha256.txt to compare with" in error
 
 
 def test_damage_that_shows_during_the_training_is_one_sentence(

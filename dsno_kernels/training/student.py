@@ -120,6 +120,12 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="of the states to learn, for such an LMDB",
     )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare all values with their checksums first, as is always done with trajectories"
+        " that the device can hold",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -141,6 +147,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
         t_idx=arguments.t_idx,
         shape=arguments.shape,
         logsnr=arguments.logsnr,
+        verify=arguments.verify,
     )
     teacher = None if arguments.teacher is None else files.load(arguments.teacher)
     config = configuration(arguments, source, teacher)

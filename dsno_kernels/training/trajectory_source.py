@@ -53,8 +53,7 @@ class Source:
         self.image_shape: tuple[int, int, int] = tuple(dataset.shape[1:])
         self.checksum: str | None = dataset.checksum
         self.classes = 0 if dataset.labels is None else int(dataset.labels.max()) + 1
-        numbers = len(dataset) * math.prod(dataset.shape)
-        self._held = self._whole() if 4 * numbers <= held else None
+        self._held = self._whole() if _bytes(dataset) <= held else None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -86,6 +85,10 @@ class Source:
         return frames[:, 0] / self.noise_scale, frames[:, 1:].contiguous(), labels
 
 
+def _bytes(dataset: Any) -> int:
+    return 4 * len(dataset) * math.prod(dataset.shape)
+
+
 def open_source(
     path: Path,
     device: torch.device,
@@ -93,6 +96,7 @@ def open_source(
     t_idx: Sequence[int] | None = None,
     shape: Sequence[int] | None = None,
     logsnr: Sequence[float] | None = None,
+    verify: bool = False,
 ) -> Source:
     """The trajectories of a folder.
 
@@ -102,6 +106,8 @@ def open_source(
         t_idx: which states, by place among the frames stored, where 0 is the noise; None takes all.
         shape: ``(C, F, H, W)`` of an LMDB of the official project, which does not say.
         logsnr: of the states to learn, for such a one.
+        verify: compare all values with their checksums first. Where all are held they are read
+            anyway, and this is done wherever there are checksums.
 
     Raises:
         CommandError: no trajectories there, damaged ones, or arguments that do not fit them.
@@ -111,6 +117,8 @@ def open_source(
         raise CommandError(f"--t-idx must be increasing places of states, got {list(t_idx or ())}")
     try:
         dataset = TrajectoryDataset(path, None if states is None else [0, *states], shape)
+        if verify or (dataset.checksum is not None and _bytes(dataset) <= HELD):
+            dataset.verify()
     except ValueError as error:
         raise CommandError(str(error)) from None
     T = dataset.shape[0] - 1

@@ -41,11 +41,11 @@ def results(tmp_path: Path) -> Path:
         "rows": [measured("teacher", 10, 2.5, 512.25), measured("real", 0, 1.0, None)],
         "student_minus_ablation": [-0.125, -0.25],
     }
-    (tmp_path / "digits" / "table.json").write_text(json.dumps(table))
-    seconds = dict.fromkeys(digits.COMMANDS, 60.0)
+    (tmp_path / digits.TABLE).write_text(json.dumps(table))
+    (tmp_path / digits.SECONDS).write_text(json.dumps(dict.fromkeys(digits.COMMANDS, 60.0)))
     folder = tmp_path / "results"
     folder.mkdir()
-    (folder / "digits-a.json").write_text(json.dumps(digits.result(tmp_path, seconds)))
+    (folder / "digits-a.json").write_text(json.dumps(digits.result(tmp_path)))
     return folder
 
 

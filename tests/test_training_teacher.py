@@ -158,6 +158,7 @@ def test_the_command_continues_and_refuses_other_data(
         ("--channels 33", "these options make no network: channels must be a multiple of 32"),
         ("--sigma-data 0", "--sigma-data must be positive, got 0.0"),
         ("--drop-classes 1", "--drop-classes must be in [0, 1), got 1.0"),
+        ("--drop-classes 0.5", "--drop-classes needs classes; give --conditional"),
         ("--p-std 0", "--p-std must be positive, got 0.0"),
         ("--size 8", "--size 8 resizes a folder of images"),
         ("--warm-up -1", "--warm-up must be at least 0, got -1"),
@@ -171,6 +172,13 @@ def test_bad_options_are_one_line(
     error = capsys.readouterr().err.strip()
     assert match in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_file_says_whether_classes_were_dropped(data: Path, tmp_path: Path) -> None:
+    """Which guidance needs."""
+    assert train(data, tmp_path, "--conditional --drop-classes 0.25 --steps 1") == 0
+    metadata = dk.models.read_metadata(tmp_path / "teacher.safetensors")
+    assert float(metadata["drop_classes"]) == 0.25
 
 
 def test_classes_that_the_data_do_not_have(

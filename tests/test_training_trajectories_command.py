@@ -39,7 +39,7 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> images.Images:
     return data
 
 
-def teacher(path: Path, classes: int = 0) -> EDMDenoiser:
+def teacher(path: Path, classes: int = 0, **metadata: object) -> EDMDenoiser:
     """An untrained one, as a file."""
     torch.manual_seed(0)
     config = DSNOConfig(
@@ -55,7 +55,7 @@ def teacher(path: Path, classes: int = 0) -> EDMDenoiser:
         init_scale=1.0,
     )
     model = EDMDenoiser(DSNO(config), sigma_data=0.5).eval()
-    models.save(model, path)
+    models.save(model, path, **metadata)
     return model
 
 
@@ -122,7 +122,7 @@ def test_the_process_of_dsno() -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--solver", "tab9"], "unknown solver 'tab9'"),
+        (["--solver", "euclid"], "unknown solver 'euclid'"),
         (["--grid", "even"], "unknown kind of time grid 'even'"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--t-end", "2"], "is required of VPCosine"),
@@ -156,8 +156,30 @@ def test_data_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_guidance_of_a_trained_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher(tmp_path / "teacher.safetensors", 3)
     words = ["--teacher", str(tmp_path / "teacher.safetensors"), "--guidance", "2"]
+    words += ["--count", "5", "--steps", "4"]
     assert run(tmp_path / "made", *words) == 2
-    assert "--guidance needs a teacher" in last_line(capsys)
+    assert "--guidance needs a teacher that also knows no class" in last_line(capsys)
+    model = teacher(tmp_path / "teacher.safetensors", 3, drop_classes=0.1)
+    assert run(tmp_path / "made", *words) == 0
+    frames, y = everything(tmp_path / "made")
+    assert y is not None
+    process = PROCESSES["vp_cosine"]
+    plan = SolverPlan.build(process, time_grid(process, 4), "tab3", prediction="x0")
+    given, none = {"y": y}, {"y": torch.full_like(y, -1)}
+    with torch.no_grad():
+        wanted = diffusion.sample(
+            for_process(model, process),
+            frames[:, 0],
+            plan,
+            kwargs=given,
+            unconditional=none,
+            guidance=2.0,
+            frames=[1, 2, 3, 4],
+        )
+    assert_close(frames[:, 1:], wanted, FLOAT32)
+    teacher(tmp_path / "teacher.safetensors", 3, drop_classes="much")
+    assert run(tmp_path / "made", *words) == 2
+    assert "its drop_classes must be a number, got much" in last_line(capsys)
 
 
 @pytest.mark.usefixtures("few_digits")

@@ -213,6 +213,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise CommandError(f"--sigma-data must be positive, got {arguments.sigma_data}")
         if not 0.0 <= arguments.drop_classes < 1.0:
             raise CommandError(f"--drop-classes must be in [0, 1), got {arguments.drop_classes}")
+        if arguments.drop_classes > 0.0 and not arguments.conditional:
+            raise CommandError("--drop-classes needs classes; give --conditional, too")
         if not arguments.p_std > 0.0:
             raise CommandError(f"--p-std must be positive, got {arguments.p_std}")
         teacher = train(
@@ -229,7 +231,8 @@ def run(arguments: argparse.Namespace) -> None:
         if distributed.rank() == 0:
             name = f"{arguments.data}, SHA-256 {data.fingerprint()}"
             path = arguments.out / NAME
-            save(teacher, path, provenance=network.provenance(learning, name))
+            origin = network.provenance(learning, name)
+            save(teacher, path, drop_classes=arguments.drop_classes, provenance=origin)
             print(f"Wrote {path}: {sum(p.numel() for p in teacher.parameters()):,} parameters")
 
 

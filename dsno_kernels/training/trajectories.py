@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--labels", "only these classes", type=int, nargs="+", metavar="Y")
     add(
         "--guidance",
-        "scale of classifier-free guidance, with --teacher exact",
+        "scale of classifier-free guidance; a trained teacher needs --drop-classes for it",
         type=float,
         metavar="X",
     )
@@ -149,9 +149,21 @@ def _teacher(arguments: argparse.Namespace, device: torch.device) -> _Teacher:
     config = model.network.config
     shape = (config.image_channels, config.image_size, config.image_size)
     classes = _chosen(arguments, list(range(config.num_classes)))
-    if arguments.guidance is not None:
-        raise CommandError(f"--guidance needs a teacher without a class, too; {path} has none")
+    if arguments.guidance is not None and not _knows_no_class(path):
+        raise CommandError(
+            f"--guidance needs a teacher that also knows no class; train {path} with"
+            " --conditional --drop-classes 0.1"
+        )
     return _Teacher(model, shape, classes, f"edm_denoiser {digest}")
+
+
+def _knows_no_class(path: Path) -> bool:
+    """Whether a teacher was trained with a share of its images without their class."""
+    text = models.read_metadata(path).get("drop_classes", "0")
+    try:
+        return float(text) > 0.0
+    except ValueError:
+        raise CommandError(f"{path}: its drop_classes must be a number, got {text}") from None
 
 
 def _chosen(arguments: argparse.Namespace, known: list[int]) -> list[int] | None:

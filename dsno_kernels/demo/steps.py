@@ -45,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
     prepare_folder(options.out)
     torch.manual_seed(options.seed)
     images = load(options, device)
+    packaged = None if options.data else packaged_samples(options.seed, device)
 
     noise, held_out = (
         torch.randn(count, *images.shape[1:]).to(device)
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         *layer_sections(device),
         training_section(model, (noise[: student.BATCH], frames[: student.BATCH], logsnr)),
     ]
-    write(options.out, images, held_out, wanted, made, sections)
+    write(options.out, images, held_out, wanted, made, packaged, sections)
     for section in sections:
         print(f"\n{figure.table(section)}")
     print(f"\n{describe(device)}; {time.perf_counter() - started:.0f} s in all")
@@ -96,6 +97,17 @@ def load(options: argparse.Namespace, device: torch.device) -> Tensor:
         size = f"{options.size}x{options.size}"
         say(f"Data: {len(images):,} images of {options.data}, as {size} {kind}")
     return images.to(device)
+
+
+def packaged_samples(seed: int, device: torch.device) -> Tensor:
+    """Digits of the student that comes with the package, one evaluation each."""
+    count = figure.COLUMNS * figure.ROWS
+    started = time.perf_counter()
+    samples = dk.generate("digits", count, seed=seed, device=device)
+    say(
+        f"Packaged student: {count} digits in {time.perf_counter() - started:.2f} s, loading it too"
+    )
+    return samples
 
 
 def quality_section(images: Tensor, wanted: Tensor, made: Tensor) -> Section:
@@ -242,6 +254,7 @@ def write(
     noise: Tensor,
     wanted: Tensor,
     made: Tensor,
+    packaged: Tensor | None,
     sections: list[Section],
 ) -> None:
     """The picture and the numbers; a file of an earlier run is replaced only by a complete one."""
@@ -252,6 +265,8 @@ def write(
         (f"teacher, {TEACHER_STEPS} evaluations a sample", wanted[:shown, -1]),
         ("student, the same noises, ONE evaluation a sample", made[:shown, -1]),
     ]
+    if packaged is not None:
+        blocks.append(("packaged student of `make digits`, 0..9 in turn, ONE evaluation", packaged))
     few = slice(0, 6)
     strips = [
         (title, torch.cat([noise[few, None], frames[few]], dim=1))

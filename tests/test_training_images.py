@@ -51,6 +51,11 @@ def test_folder_reads_every_kind_and_skips_the_broken(
     assert_close(found[names.index("sixteen bits.PNG")], found[names.index("gray.png")], 0.01)
 
 
+def test_classes_are_those_of_a_folder() -> None:
+    with pytest.raises(CommandError, match=r"--classes is for a folder .* digits is none"):
+        images.load("digits", classes=True)
+
+
 def test_folder_of_gray_images_has_one_channel(tmp_path: Path) -> None:
     PIL_Image.new("L", (9, 9), 0).save(tmp_path / "a.png")
     PIL_Image.new("RGB", (5, 7), (255, 255, 255)).save(tmp_path / "b.png")

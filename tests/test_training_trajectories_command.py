@@ -153,6 +153,25 @@ def test_data_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "has no classes" in last_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--data", "c.npz"], "--data goes with --teacher exact; the teacher"),
+        (["--size", "8"], "--size goes with --teacher exact"),
+        (["--classes"], "--classes goes with --teacher exact"),
+        (["--conditional"], "teacher.safetensors knows no classes; leave it out"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_options_of_the_exact_teacher_alone(
+    words: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher(tmp_path / "teacher.safetensors")
+    words = ["--teacher", str(tmp_path / "teacher.safetensors"), *words]
+    assert run(tmp_path / "made", *words) == 2
+    assert text in last_line(capsys)
+
+
 def test_guidance_of_a_trained_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher(tmp_path / "teacher.safetensors", 3)
     words = ["--teacher", str(tmp_path / "teacher.safetensors"), "--guidance", "2"]

@@ -73,6 +73,8 @@ def load(data: str | Path, size: int | None = None, classes: bool = False) -> Im
         found = archive(path)
     else:
         return folder(path, size, classes)
+    if classes:
+        raise CommandError(f"--classes is for a folder with a subfolder a class; {data} is none")
     if size is not None and size != found.images.shape[-1]:
         raise CommandError(
             f"--size {size} resizes a folder of images; those of {data} have"

@@ -144,10 +144,13 @@ def _teacher(arguments: argparse.Namespace, device: torch.device) -> _Teacher:
         shape = tuple(data.images.shape[1:])
         return _Teacher(exact, shape, _chosen(arguments, known), f"exact {data.fingerprint()}")
     path = Path(arguments.teacher)
+    _check_unused(arguments)
     model = models.load(path, device, kind="edm_denoiser")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     config = model.network.config
     shape = (config.image_channels, config.image_size, config.image_size)
+    if arguments.conditional and config.num_classes == 0:
+        raise CommandError(f"--conditional: {path} knows no classes; leave it out")
     classes = _chosen(arguments, list(range(config.num_classes)))
     if arguments.guidance is not None and not _knows_no_class(path):
         raise CommandError(
@@ -155,6 +158,18 @@ def _teacher(arguments: argparse.Namespace, device: torch.device) -> _Teacher:
             " --conditional --drop-classes 0.1"
         )
     return _Teacher(model, shape, classes, f"edm_denoiser {digest}")
+
+
+def _check_unused(arguments: argparse.Namespace) -> None:
+    """Whether options ask for images where a teacher needs none."""
+    plain = argparse.ArgumentParser()
+    images.add_arguments(plain)
+    for name, default in vars(plain.parse_args([])).items():
+        if getattr(arguments, name) != default:
+            raise CommandError(
+                f"--{name} goes with --teacher exact; the teacher {arguments.teacher} needs no"
+                " images: leave it out"
+            )
 
 
 def _knows_no_class(path: Path) -> bool:

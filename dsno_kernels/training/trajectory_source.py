@@ -125,8 +125,16 @@ def open_source(
     if len(dataset) == 0 or T == 0:
         raise CommandError(f"{path} holds {len(dataset)} trajectories of {T} states: none to learn")
     own = None if dataset.logsnr is None else dataset.logsnr[1:]
+    if own is not None and logsnr is not None:
+        raise CommandError(f"--logsnr is for an LMDB without a manifest; {path} has its own")
     values = own if logsnr is None else torch.tensor(logsnr, dtype=torch.float64)
     if values is None or len(values) != T:
         given = "none" if values is None else str(len(values))
         raise CommandError(f"--logsnr needs a number for each of the {T} states, got {given}")
+    if logsnr is not None and not (
+        bool(values.isfinite().all()) and bool((values.diff() > 0).all())
+    ):
+        raise CommandError(
+            f"--logsnr must be numbers that increase from noise to image, got {list(logsnr)}"
+        )
     return Source(dataset, values, device, noise_scale=dataset.noise_scale)

@@ -2,7 +2,8 @@
 
 Such a module has ``add_arguments(parser)`` and ``run(arguments)``. What ends a command early is one
 line on stderr: with exit code 2 a `CommandError`, a `ModelFileError`, a package that is missing or
-a file system that refuses; with exit code 130 Ctrl-C.
+a file system that refuses; with exit code 130 Ctrl-C, and SIGTERM where a network is
+trained.
 """
 
 from __future__ import annotations

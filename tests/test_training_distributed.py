@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ pytest.importorskip("matplotlib")
 
 import torch.distributed as dist
 
+from dsno_kernels.training import loop
 from dsno_kernels.training.errors import CommandError
 from tests import ranks, training_teacher_ranks
 from tests.helpers import assert_close
@@ -47,13 +50,25 @@ class PoisonedOnOne(Task):
 
 
 def fail(folder: Path) -> list[str]:
-    """What each process says to a loss that is not finite on one of them, and to an old file."""
+    """What each process says to a loss that is not finite on one of them, to an old file, and to
+    a signal that only the second one gets.
+    """
     said = []
     for task, options in ((PoisonedOnOne(), {}), (Task(), {"seed": 1})):
         try:
             run(folder, task, parallel="fsdp", **options)
         except CommandError as error:
             said.append(str(error))
+
+    def send(update: int) -> None:
+        if update == 4 and dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with mock.patch.object(loop, "LOOK_EVERY", 2):
+        try:
+            run(folder, Task(send), parallel="fsdp", steps=50, checkpoint_every=50)
+        except KeyboardInterrupt as stop:
+            said.append(str(stop))
     return said
 
 
@@ -82,6 +97,7 @@ def test_all_processes_stop_together(tmp_path: Path) -> None:
     assert said[0] == said[1]
     assert "the loss of update 5 is not finite; the checkpoint of step 3 is in" in said[0][0]
     assert "seed was 0, now it is 1" in said[0][1]
+    assert "the checkpoint of step 5 is in" in said[0][2]
 
 
 def test_a_process_that_dies_under_torchrun(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import resource
+import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +20,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 from dsno_kernels.models.files import read_tensors
-from dsno_kernels.training import checkpoint, loop
+from dsno_kernels.training import checkpoint, interrupts, loop
 from dsno_kernels.training.errors import CommandError
 from dsno_kernels.training.history import History
 from dsno_kernels.training.options import Options
@@ -109,6 +111,50 @@ def test_an_interrupted_run_continues_to_the_bit(tmp_path: Path, whole: Path) ->
     state = read_tensors(tmp_path / checkpoint.NAME)[0]
     for name, value in result.state_dict().items():
         assert torch.equal(value, state[f"average.{name}"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_saves_what_was_done(number: signal.Signals, tmp_path: Path, whole: Path) -> None:
+    def send(update: int) -> None:
+        if update == 4:
+            signal.raise_signal(number)
+
+    with pytest.raises(KeyboardInterrupt, match=r"of step 5 is in .*; the same command continues"):
+        run(tmp_path, Task(send))
+    assert all(signal.getsignal(n) == handler for n, handler in interrupts.DEFAULTS.items())
+    task = Task()
+    run(tmp_path, task)
+    assert task.updates == [5, 6]
+    assert same_end(tmp_path, whole)
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+    def press(update: int) -> None:
+        for _ in range(2 if update == 4 else 0):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match=r"of step 3 is in"):
+        run(tmp_path, Task(press))
+
+
+def test_without_a_checkpoint_the_command_starts_anew(tmp_path: Path) -> None:
+    def interrupt(update: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"^no checkpoint .* yet; the same command starts"):
+        run(tmp_path, Task(interrupt))
+    task = Task()
+    task.factor = float("nan")
+    error = r"update 1 is not finite; no checkpoint was written yet; start again with a smaller"
+    with pytest.raises(CommandError, match=error):
+        run(tmp_path, task)
+
+
+def test_a_run_in_another_thread(tmp_path: Path) -> None:
+    """Where nothing can listen to signals."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run, tmp_path, steps=1).result()
+    assert (tmp_path / checkpoint.NAME).exists()
 
 
 def test_a_run_that_was_done_is_not_done_again(whole: Path) -> None:

@@ -92,6 +92,11 @@ def mean(values: Tensor) -> Tensor:
     return values / size()
 
 
+def anywhere(flag: bool, device: torch.device) -> bool:
+    """Whether it is so in any process."""
+    return bool(mean(torch.tensor(float(flag), device=device)) > 0)
+
+
 def agree(error: str | None) -> None:
     """Tell all processes what the first one says; the others' own words do not count.
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from dsno_kernels.training import checkpoint, distributed
+from dsno_kernels.training import checkpoint, distributed, interrupts
 from dsno_kernels.training.checkpoint import State
 from dsno_kernels.training.errors import CommandError, prepare_folder
 from dsno_kernels.training.history import History, Row
@@ -69,7 +69,8 @@ def fit(
     Raises:
         CommandError: the batch does not divide, a checkpoint of another run, a folder that cannot
         be written or in which another run trains, a loss or a gradient that is not finite.
-        KeyboardInterrupt: says where the run continues.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, which save what was done; says where the run
+        continues. A second one does not wait for the update, and saves nothing.
 
     Example:
         >>> average = fit(model, task, Options(steps=1000, batch=64, learning_rate=1e-3), out, {})
@@ -90,12 +91,18 @@ def fit(
         ):
             return _run(model, task, options, path, metadata)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{checkpoint.earlier(path)}; the same command continues") from None
+        raise KeyboardInterrupt(
+            f"{checkpoint.earlier(path)}; the same command {_goes_on(path)}"
+        ) from None
     except OSError as error:
         raise CommandError(
             f"{error.filename or out}: {error.strerror}; {checkpoint.earlier(path)}; when that is"
-            " mended, the same command continues"
+            f" mended, the same command {_goes_on(path)}"
         ) from None
+
+
+def _goes_on(path: Path) -> str:
+    return "continues" if path.exists() else "starts anew"
 
 
 def _run(
@@ -117,20 +124,26 @@ def _run(
     with (
         _progress(options.steps, step) as bar,
         distributed.activation_checkpointing(model, options.activation_checkpointing),
+        interrupts.noted() as signals,
     ):
         while step < options.steps:
             pending.append(update(called, state, task, options, step))
             bar.update()
             step += 1
             saves = step % options.checkpoint_every == 0 or step == options.steps
-            if saves or len(pending) == LOOK_EVERY:
+            stops = bool(signals) and distributed.size() == 1
+            if saves or stops or len(pending) == LOOK_EVERY:
+                stops = distributed.anywhere(bool(signals), next(model.parameters()).device)
                 rows = _look(pending, step, options, path)
                 pending = []
                 if history is not None:
                     history.add(rows)
                 bar.set_postfix(loss=f"{rows[-1][1]:.4g}", refresh=False)
-            if saves:
+            if saves or stops:
                 checkpoint.save(path, state, step, {**metadata, **dataclasses.asdict(options)})
+            if stops:
+                distributed.agree(None)  # no process ends, and none is ended, before that is saved
+                raise KeyboardInterrupt
     if history is not None:
         history.draw()
     whole = get_model_state_dict(average.module, options=StateDictOptions(full_state_dict=True))
@@ -187,9 +200,10 @@ def _look(pending: list[Tensor], step: int, options: Options, path: Path) -> lis
     for number, (loss, norm) in enumerate(values, start=step - len(pending) + 1):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "gradient" if math.isfinite(loss) else "loss"
+            again = "continue with --resume changed and" if path.exists() else "start again with"
             raise CommandError(
-                f"the {what} of update {number} is not finite; {checkpoint.earlier(path)}; continue"
-                " with --resume changed and a smaller --learning-rate or --clip-norm"
+                f"the {what} of update {number} is not finite; {checkpoint.earlier(path)}; {again}"
+                " a smaller --learning-rate or --clip-norm, or mend the data if they are damaged"
             )
         rows.append((number, loss, norm, options.rate(number - 1)))
     return rows

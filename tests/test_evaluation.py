@@ -323,6 +323,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("a.npz --features gone.ts", "gone.ts is no TorchScript file"),
         ("student.safetensors --count 10", "10 images, too few"),
         ("a.npz --json a.npz/x.json", "cannot be written"),
+        (f"a.npz --classifier-seed {2**64}", "--classifier-seed must be in 0 .. 2**64 - 1, got"),
+        (f"a.npz --seed {2**64 - 1} --seeds 2", "--seed must be in 0 .. 2**64 - 2, got"),
     ],
     ids=str,
 )

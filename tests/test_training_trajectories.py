@@ -222,6 +222,7 @@ def test_bfloat16_is_the_network_alone(tmp_path: Path, whole: Path) -> None:
         ({"positions": [0]}, r"positions must be in 1..8"),
         ({"guidance": 2.0}, "guidance needs classes"),
         ({"classes": []}, "at least one class"),
+        ({"classes": [3, -1]}, r"classes must be in 0\.\."),
         ({"precision": "fp16"}, "fp32 or bf16"),
         ({"seed": -1}, "seed must be in 0"),
         ({"plan": SolverPlan.build(PROCESS, PLAN.grid, "ddim", eta=1.0)}, "adds noise"),

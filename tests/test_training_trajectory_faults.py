@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -34,6 +35,7 @@ from tests.trajectory_runs import (  # noqa: E402
     COUNT,
     PLAN,
     PROCESS,
+    SHAPE,
     denoiser,
     everything,
     write,
@@ -324,6 +326,39 @@ def test_bad_manifests(content: str | None, text: str, copy: Path) -> None:
         path.write_text(content)
     with pytest.raises(TrajectoryError, match=text):
         TrajectoryDataset(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("shape", None, "shape must be [C, H, W], and is absent"),
+        ("shape", [1, 8], "shape must be [C, H, W], and is [1, 8]"),
+        ("count", "x", "count must be a number of at least 1, and is 'x'"),
+        ("shards", 0, "shards must be a number of at least 1, and is 0"),
+        ("positions", 3, "positions must be a list of places, and is 3"),
+        ("times", [1.0], "times must be 5 numbers, and is [1.0]"),
+        ("logsnr", [1.0], "logsnr must be 5 numbers, and is [1.0]"),
+        ("logsnr", [0, 1, 2, 3, "4"], "logsnr must be a list of numbers"),
+        ("logsnr", [0, 1, 2, 3, 10**400], "logsnr must be a list of numbers"),
+        ("classes", "all", "classes must be null or a list, and is 'all'"),
+        ("noise_scale", 0.0, "noise_scale must be a positive number, and is 0.0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
+)
+def test_bad_values_in_a_manifest(key: str, value: Any, text: str, copy: Path) -> None:
+    path = copy / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(TrajectoryError, match=re.escape(f"manifest.json is damaged: {text}")):
+        TrajectoryDataset(copy)
+
+
+@pytest.mark.parametrize("wrong", [-5, 39_000_000_000])
+def test_labels_that_are_no_classes(wrong: int, copy: Path) -> None:
+    """In an LMDB of the official project."""
+    shard = copy / "shard-00000-of-00001"
+    np.save(shard / "labels.npy", np.full(COUNT, wrong))
+    with pytest.raises(TrajectoryError, match=rf"classes in 0\.\.999999, got {wrong} to"):
+        TrajectoryDataset(shard, shape=(SHAPE[0], FRAMES, *SHAPE[1:]))
 
 
 def test_labels_of_another_length(copy: Path) -> None:

@@ -82,6 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     from tqdm import tqdm
 
+    _check_seeds(arguments)
     if arguments.json is not None:
         prepare_folder(arguments.json.parent)
     device = choose_device(arguments.device)
@@ -119,6 +120,17 @@ def run(arguments: argparse.Namespace) -> None:
             "student_minus_ablation": differences,
         }
         _replace_json(arguments.json, content)
+
+
+def _check_seeds(arguments: argparse.Namespace) -> None:
+    """Whether random generators take all seeds."""
+    wanted = {
+        "--seed": (arguments.seed, arguments.seeds),
+        "--classifier-seed": (arguments.classifier_seed, 1),
+    }
+    for flag, (first, count) in wanted.items():
+        if not 0 <= first <= 2**64 - count:
+            raise CommandError(f"{flag} must be in 0 .. 2**64 - {count}, got {first}")
 
 
 def _sample_sets(

@@ -19,6 +19,8 @@ NAME = "manifest.json"
 _FREE = ("version", "batch")
 # Grids are computed: another machine's logarithm may end in another bit.
 _SAME = 1e-9
+# No log-SNR, time or scale is as large; a JSON number may be.
+_LARGEST = 1e30
 # exp(-40 / 2) is the noise of an image in float32; a manifest holds no infinity.
 _LARGEST_LOGSNR = 40.0
 
@@ -144,7 +146,40 @@ def read(folder: Path) -> dict[str, Any]:
     if missing := [key for key in keys if key not in manifest]:
         raise TrajectoryError(f"{path} is damaged: {missing[0]} is missing")
     manifest.setdefault("noise_scale", 1.0)  # earlier versions did not write it
+    for key, wanted in _wrong(manifest):
+        raise TrajectoryError(
+            f"{path} is damaged: {key} must be {wanted}, and is {_short(manifest[key])}"
+        )
     return manifest
+
+
+def _wrong(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Entries that cannot be used, and what they must be."""
+
+    def whole(value: Any, least: int) -> bool:
+        return type(value) is int and value >= least
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float) and -_LARGEST < value < _LARGEST
+
+    for key in ("count", "shards"):
+        if not whole(manifest[key], 1):
+            yield key, "a number of at least 1"
+    shape, positions, classes = (manifest[key] for key in ("shape", "positions", "classes"))
+    if not isinstance(shape, list) or len(shape) != 3 or not all(whole(n, 1) for n in shape):
+        yield "shape", "[C, H, W]"
+    if not isinstance(positions, list) or not all(whole(n, 0) for n in positions):
+        yield "positions", "a list of places"
+    for key in ("times", "logsnr"):
+        values = manifest[key]
+        if not isinstance(values, list) or not all(map(number, values)):
+            yield key, "a list of numbers"
+        if len(values) != len(positions):
+            yield key, f"{len(positions)} numbers"
+    if classes is not None and not (isinstance(classes, list) and classes):
+        yield "classes", "null or a list"
+    if not number(manifest["noise_scale"]) or not manifest["noise_scale"] > 0:
+        yield "noise_scale", "a positive number"
 
 
 def _differences(found: Any, given: Any, name: str) -> Iterator[tuple[str, str, str]]:

@@ -266,6 +266,30 @@ def test_a_broken_checkpoint(tmp_path: Path) -> None:
         run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "damage", [None, b"", b"\x00\xff\xfe\n1,\n\xb2,0.5,0.1,0.1\n"], ids=["none", "empty", "bytes"]
+)
+def test_a_finished_run_needs_no_loss_curve(damage: bytes | None, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, steps=1)
+    expected = loop.fit(model(), Task(), options, tmp_path, {}).state_dict()
+    (tmp_path / "loss.csv").unlink()
+    if damage is not None:
+        (tmp_path / "loss.csv").write_bytes(damage)
+    result = loop.fit(model(), Task(), options, tmp_path, {})
+    assert all(torch.equal(v, expected[k]) for k, v in result.state_dict().items())
+    assert curve(tmp_path) == "update,loss,gradient_norm,learning_rate\n"
+
+
+def test_fewer_steps_than_were_done(tmp_path: Path) -> None:
+    run(tmp_path, steps=4)
+    before = curve(tmp_path)
+    with pytest.raises(
+        CommandError, match=r"has 4 updates behind it, --steps is 2; give --steps 4"
+    ):
+        run(tmp_path, steps=2)
+    assert curve(tmp_path) == before
+
+
 @pytest.fixture
 def small_files() -> Iterator[int]:
     """The size that files may get where a test asks for it; afterwards any size again."""

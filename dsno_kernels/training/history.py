@@ -19,7 +19,7 @@ class History:
         import matplotlib.figure  # noqa: F401  # a missing package is told before the training
 
         self.path = folder / "loss.csv"
-        kept = [row for row in _rows(self.path) if int(row[0]) <= step]
+        kept = [row for row in _rows(self.path) if row[0] <= step]
         part = self.path.with_suffix(".csv.part")
         with open(part, "w", newline="") as file:
             csv.writer(file).writerows([FIELDS, *kept])
@@ -34,8 +34,10 @@ class History:
         import numpy as np
         from matplotlib.figure import Figure
 
-        values = np.array([[float(row[0]), float(row[1])] for row in _rows(self.path)])
-        steps, losses = values.T
+        rows = _rows(self.path)
+        if not rows:  # of a finished run, someone has removed them
+            return
+        steps, losses = np.array([row[:2] for row in rows]).T
         window = max(1, len(losses) // 50)
         smooth = np.convolve(losses, np.full(window, 1.0 / window), mode="valid")
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -51,10 +53,16 @@ class History:
         part.replace(self.path.with_suffix(".png"))
 
 
-def _rows(path: Path) -> list[list[str]]:
-    """The complete rows of a file; none where there is no file."""
+def _rows(path: Path) -> list[Row]:
+    """The rows of a file that are complete; none where there is no file."""
     if not path.exists():
         return []
-    text = path.read_text()
-    lines = text[: text.rfind("\n") + 1].splitlines()  # a killed process may leave half a row
-    return [row for row in csv.reader(lines) if len(row) == len(FIELDS) and row[0].isdigit()]
+    text = path.read_text(errors="replace")
+    rows = []
+    for line in text[: text.rfind("\n") + 1].splitlines():  # a killed process may leave half a row
+        try:
+            update, loss, norm, rate = line.split(",")
+            rows.append((int(update), float(loss), float(norm), float(rate)))
+        except ValueError:  # the names of the columns, or damage
+            continue
+    return rows

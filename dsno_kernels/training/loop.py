@@ -119,6 +119,11 @@ def _run(
     )
     state = State(model, average, optimizer)
     step = checkpoint.restore(path, state, {**metadata, **options.identity()})
+    if step > options.steps:
+        raise CommandError(
+            f"{path} has {step} updates behind it, --steps is {options.steps}; give --steps {step}"
+            " or more, or another --out"
+        )
     history = History(path.parent, step) if distributed.rank() == 0 else None
     pending: list[Tensor] = []
     with (

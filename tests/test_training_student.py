@@ -152,10 +152,12 @@ def test_lpips_is_that_of_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, net: str, verbose: bool) -> None:
             super().__init__()
             assert net == "vgg"
+            self.features = nn.Conv2d(3, 3, 1, bias=False)
+            nn.init.dirac_(self.features.weight)  # which autocast would round to bfloat16
 
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
             assert a.shape[1] == 3
-            return (a - b).square().mean(dim=(1, 2, 3), keepdim=True)
+            return (self.features(a) - self.features(b)).square().mean(dim=(1, 2, 3), keepdim=True)
 
     package = types.ModuleType("lpips")
     package.LPIPS = LPIPS  # type: ignore[attr-defined]
@@ -165,7 +167,9 @@ def test_lpips_is_that_of_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     perceptual = trajectory_loss.distance("lpips", 32, torch.device("cpu"))
     noise, states, _ = made_up().batch(torch.arange(6))
     made = Shifted()(noise, made_up().logsnr, None)
-    assert_close(perceptual(made, states), trajectory_loss.l2(made, states), 1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = perceptual(made, states)
+    assert_close(found, trajectory_loss.l2(made, states), 1e-6)
 
 
 @pytest.mark.parametrize("labels", [False, True], ids=["plain", "labels"])

@@ -72,8 +72,10 @@ class Perceptual(nn.Module):
     def forward(self, made: Tensor, wanted: Tensor) -> Tensor:
         B, T, C = made.shape[:3]
         channels = 3 if C == 1 else C
-        pair = (frames.flatten(0, 1).expand(-1, channels, -1, -1) for frames in (made, wanted))
-        distances: Tensor = self.network(*pair)
+        pair = [frames.flatten(0, 1).expand(-1, channels, -1, -1) for frames in (made, wanted)]
+        # The difference of two nearby images is less than what bfloat16 resolves.
+        with torch.autocast(made.device.type, enabled=False):
+            distances: Tensor = self.network(*pair)
         return distances.view(B, T).mean(dim=0)
 
 

@@ -191,6 +191,24 @@ def test_accumulated_parts_are_one_batch(tmp_path: Path) -> None:
     assert_close(losses(tmp_path / "four"), losses(tmp_path / "one"), LOSS)
 
 
+def test_with_dropout_other_parts_are_another_run(tmp_path: Path) -> None:
+    run(tmp_path, steps=2)
+    with pytest.raises(CommandError, match=r"of another run: accumulate was 1, now it is 2"):
+        run(tmp_path, accumulate=2)
+    with (
+        mock.patch("dsno_kernels.training.distributed.size", return_value=2),
+        pytest.raises(CommandError, match=r"of another run: processes was 1, now it is 2"),
+        mock.patch("dsno_kernels.training.distributed.parallelize", lambda model, kind: model),
+        mock.patch("torch.distributed.broadcast_object_list"),
+    ):
+        run(tmp_path)
+    task = Task()
+    run(tmp_path, task, accumulate=2, resume="changed")
+    assert task.updates == [2, 3, 4, 5, 6]
+    run(tmp_path / "without", dropout=0.0, steps=2)
+    run(tmp_path / "without", dropout=0.0, steps=3, accumulate=2)
+
+
 def test_activation_checkpointing_computes_the_same_again(tmp_path: Path, whole: Path) -> None:
     """To the bit, dropout included; every block runs twice, and is itself again after the run."""
     calls = []

@@ -2,7 +2,9 @@
 
 What is random in an update comes from the seed and the number of the update alone, and every
 process takes its slice of the same global batch. So a run that was stopped at any moment continues
-exactly, and the number of processes changes the loss by rounding only.
+exactly, and the number of processes, or of the parts in which they accumulate gradients, changes
+the loss by rounding only. Dropout is the exception: its masks are drawn part by part, so with it
+another number is another run, as good and not the same.
 """
 
 from __future__ import annotations
@@ -118,7 +120,11 @@ def _run(
         model.parameters(), lr=options.learning_rate, betas=options.betas, fused=True
     )
     state = State(model, average, optimizer)
-    step = checkpoint.restore(path, state, {**metadata, **options.identity()})
+    split = {"accumulate": options.accumulate, "processes": distributed.size()}
+    identity = {**metadata, **options.identity()}
+    if options.resume == "same" and _drops(model):
+        identity |= split
+    step = checkpoint.restore(path, state, identity)
     if step > options.steps:
         raise CommandError(
             f"{path} has {step} updates behind it, --steps is {options.steps}; give --steps {step}"
@@ -145,7 +151,9 @@ def _run(
                     history.add(rows)
                 bar.set_postfix(loss=f"{rows[-1][1]:.4g}", refresh=False)
             if saves or stops:
-                checkpoint.save(path, state, step, {**metadata, **dataclasses.asdict(options)})
+                checkpoint.save(
+                    path, state, step, {**metadata, **dataclasses.asdict(options), **split}
+                )
             if stops:
                 distributed.agree(None)  # no process ends, and none is ended, before that is saved
                 raise KeyboardInterrupt
@@ -154,6 +162,10 @@ def _run(
     whole = get_model_state_dict(average.module, options=StateDictOptions(full_state_dict=True))
     result.load_state_dict(whole, assign=True)
     return result.eval()
+
+
+def _drops(model: nn.Module) -> bool:
+    return any(isinstance(layer, nn.Dropout) and layer.p > 0.0 for layer in model.modules())
 
 
 def update(called: nn.Module, state: State, task: Task, options: Options, step: int) -> Tensor:

@@ -100,7 +100,9 @@ class Options:
         return 1.0 - min(self.ema_decay, (step + 1) / (step + 10))
 
     def identity(self) -> dict[str, object]:
-        """What decides the result up to rounding, in which a checkpoint must agree."""
+        """What decides the result up to rounding, in which a checkpoint must agree; with dropout
+        also `accumulate` and the number of processes do.
+        """
         free = {"accumulate", "parallel", "activation_checkpointing", "checkpoint_every", "resume"}
         if self.resume == "changed":
             free |= {"steps", "learning_rate", "warm_up", "decay", "milestones", "betas"}

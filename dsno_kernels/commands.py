@@ -1,9 +1,9 @@
 """The commands of `python -m dsno_kernels`; the module of a command is imported when it is chosen.
 
 Such a module has ``add_arguments(parser)`` and ``run(arguments)``. What ends a command early is one
-line on stderr: with exit code 2 a `CommandError`, a `ModelFileError`, a package that is missing or
-a file system that refuses; with exit code 130 Ctrl-C, and SIGTERM where a network is
-trained.
+line on stderr: with exit code 2 a `CommandError`, a `ModelFileError`, a package that is missing,
+too little memory or a file system that refuses; with exit code 130 Ctrl-C, and SIGTERM where a
+network is trained.
 """
 
 from __future__ import annotations
@@ -126,9 +126,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         reason = error.strerror or str(error)
         return _end(f"{name}: {f'{error.filename}: ' if error.filename else ''}{reason}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _no_memory(error):
+            raise
+        advice = "give a smaller --batch"
+        if hasattr(arguments, "accumulate"):
+            advice = "give --accumulate, --activation-checkpointing or a smaller --batch"
+        return _end(f"{name}: out of memory; {advice}", 2)
     except KeyboardInterrupt as stop:
         return _end(f"\n{name}: interrupted{'; ' if stop.args else ''}{stop}", 130)
     return 0
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether it says that memory is used up; PyTorch has an exception for that on GPUs only."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "DefaultCPUAllocator" in str(error)
+    )
 
 
 def _description() -> str | None:

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from dsno_kernels import commands
 from dsno_kernels.models import ModelFileError
@@ -50,10 +51,25 @@ def test_a_command_gets_its_arguments(name: str, monkeypatch: pytest.MonkeyPatch
             2,
             "train count: out/x.png: No space left on device",
         ),
+        (MemoryError(), 2, "train count: out of memory; give a smaller --batch"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            2,
+            "train count: out of memory; give a smaller --batch",
+        ),
         (KeyboardInterrupt(), 130, "train count: interrupted"),
         (KeyboardInterrupt("step 7 is saved"), 130, "train count: interrupted; step 7 is saved"),
     ],
-    ids=["command", "package", "model", "disk", "interrupt", "interrupt with a word"],
+    ids=[
+        "command",
+        "package",
+        "model",
+        "disk",
+        "memory",
+        "GPU memory",
+        "interrupt",
+        "interrupt with a word",
+    ],
 )
 def test_what_ends_a_command_is_one_line(
     error: BaseException,
@@ -68,6 +84,25 @@ def test_what_ends_a_command_is_one_line(
     add(monkeypatch, "train count", run)
     assert commands.main(["train", "count"]) == code
     assert capsys.readouterr().err.strip() == line
+
+
+def test_a_tensor_that_does_not_fit_into_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        arguments.accumulate = 1
+        torch.empty(2**60)
+
+    add(monkeypatch, "train count", run)
+    assert commands.main(["train", "count"]) == 2
+    line = "train count: out of memory; give --accumulate, --activation-checkpointing or a smaller"
+    assert capsys.readouterr().err.strip() == f"{line} --batch"
+
+
+def test_another_runtime_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    add(monkeypatch, "count", lambda arguments: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        commands.main(["count"])
 
 
 def test_a_fault_of_the_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,6 +189,16 @@ def test_classes_that_the_data_do_not_have(
     assert "--conditional needs classes" in capsys.readouterr().err
 
 
+def test_labels_that_are_no_numbers_of_classes(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4), dtype=np.uint8)
+    np.savez(data, images=images, labels=np.array([0, 1, 39 * 10**9]))
+    assert train(data, tmp_path / "out", "--conditional") == 2
+    error = capsys.readouterr().err
+    assert "has a label 39000000000: that" in error and "number them from 0" in error
+
+
 def test_images_that_are_all_the_same(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,8 @@ DEFAULTS = Options(
     checkpoint_every=500,
 )
 P_MEAN, P_STD = 0.0, 1.6
+# Each has a row of an embedding; more than four times as many as ImageNet-21k has.
+MOST_CLASSES = 100_000
 
 
 class TeacherTask:
@@ -245,4 +247,10 @@ def _classes(arguments: argparse.Namespace, data: Images) -> int:
             f"--conditional needs classes, and --data {arguments.data} has none; give an .npz with"
             " `labels`, or a folder with --classes"
         )
-    return int(data.labels.max()) + 1
+    classes = int(data.labels.max()) + 1
+    if classes > MOST_CLASSES:
+        raise CommandError(
+            f"--data {arguments.data} has a label {classes - 1}: that is {classes:,} classes;"
+            f" number them from 0, {MOST_CLASSES:,} at most"
+        )
+    return classes

@@ -82,6 +82,26 @@ def test_the_name_of_a_packaged_model(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(files, "PACKAGED", tmp_path)
     dk.models.save(DSNO(TINY), tmp_path / "squares.safetensors")
     assert dk.models.load("squares").config == TINY
+    (tmp_path / "here" / "squares").mkdir(parents=True)  # a folder is no model
+    monkeypatch.chdir(tmp_path / "here")
+    assert dk.models.load("squares").config == TINY
+
+
+def test_a_file_goes_before_a_packaged_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one without a suffix, next to another that has it."""
+    monkeypatch.setattr(files, "PACKAGED", tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    for path, classes in (("weights/m", 7), ("m", 1), ("there", 2), ("there", 3)):
+        Path(path).parent.mkdir(exist_ok=True)
+        suffix = ".safetensors" if classes in (7, 3) else ""
+        config = dataclasses.replace(TINY, num_classes=classes)
+        dk.models.save(DSNO(config), f"{path}{suffix}")
+    assert dk.models.load("m").config.num_classes == 1
+    assert dk.models.load(tmp_path / "there").config.num_classes == 2
+    with pytest.raises(ModelFileError, match=r"gone does not exist"):
+        dk.models.load(tmp_path / "gone")
 
 
 @pytest.fixture

@@ -71,7 +71,8 @@ def load(
     """The model of a file that :func:`save` wrote, in evaluation mode, its weights in float32.
 
     Args:
-        path: of the file, or the name of a model that comes with the package ("digits").
+        path: of the file, or the name of a model that comes with the package ("digits") where no
+            file here has that name.
         device: where its weights go; None is the CPU.
         kind: the kind that is wanted, "dsno" or "edm_denoiser"; None takes either.
         kernels: as in :class:`DSNO`.
@@ -197,9 +198,11 @@ def _opened(path: str | Path, device: str | torch.device | None = None) -> Itera
     """A safetensors file, or a packaged one by its name, open for reading."""
     from safetensors import SafetensorError, safe_open
 
-    named = PACKAGED / f"{path}.safetensors"
+    place = Path(path)
+    if place.name == str(path) and not place.is_file():
+        named = PACKAGED / f"{path}.safetensors"
+        place = named if named.is_file() else place
     try:
-        place = named if named.is_file() else path
         with safe_open(place, framework="pt", device=str(device or "cpu")) as file:
             yield file
     except FileNotFoundError:

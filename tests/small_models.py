@@ -11,11 +11,11 @@ import dsno_kernels as dk
 LOGSNR = dk.models.logsnr_schedule(torch.linspace(1, 0, 5)[1:])
 
 
-def network(classes: int = 0, time_conv: bool = True) -> dk.models.DSNO:
-    """A DSNO for gray 8x8 images."""
+def network(classes: int = 0, time_conv: bool = True, channels: int = 1) -> dk.models.DSNO:
+    """A DSNO for 8x8 images."""
     config = dk.models.DSNOConfig(
         image_size=8,
-        image_channels=1,
+        image_channels=channels,
         channels=32,
         channel_mult=(1,),
         num_res_blocks=1,

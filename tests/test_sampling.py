@@ -215,7 +215,9 @@ def test_strips_go_from_noise_to_image(where: str, tmp_path: Path) -> None:
         (("--times", "1"), "2 modes need at least 2 times"),
         (("--out", "file/folder"), "cannot be written"),
         (("--out", "picture.jpg"), "must end in .png or .npz"),
-        (("--out", "full"), "holds images already"),
+        (("--out", "full"), "holds images already, of a run that ended or was stopped"),
+        (("--model", "two.safetensors"), "a picture has 1 or 3 channels, these images have 2"),
+        (("--model", "two.safetensors", "--out", "file.PNG"), "give --out FILE.npz"),
         (("--strip", "--out", "a.npz"), "--strip draws pictures"),
         (("--cuda-graph",), "CUDA device"),
         (("--seed", "-1"), "seed must be in"),
@@ -232,6 +234,7 @@ def test_what_cannot_be_used_is_one_line(
     monkeypatch.chdir(tmp_path)
     write_student(Path("s.safetensors"))
     write_teacher(Path("teacher.safetensors"))
+    dk.models.save(network(channels=2), "two.safetensors", logsnr=LOGSNR.tolist())
     Path("broken.safetensors").write_bytes(b"\xff" * 100)
     Path("file").write_text("x")
     Path("full").mkdir()
@@ -242,6 +245,14 @@ def test_what_cannot_be_used_is_one_line(
     assert written.startswith("sample: ")
     assert error in written
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_npz_holds_images_of_any_channels(tmp_path: Path) -> None:
+    dk.models.save(network(channels=2), tmp_path / "two.safetensors", logsnr=LOGSNR.tolist())
+    words = ("--model", tmp_path / "two.safetensors", "--count", 3)
+    assert sample(*words, "--out", tmp_path / "s.npz") == 0
+    with np.load(tmp_path / "s.npz") as archive:
+        assert archive["images"].shape == (3, 8, 8, 2)
 
 
 def test_a_full_disk_leaves_an_earlier_file_alone(

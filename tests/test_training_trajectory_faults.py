@@ -208,7 +208,9 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     writer.append(0, np.zeros((3, 4), np.float32))
     with pytest.raises(TrajectoryError, match="has 3 samples, not the 2"):
         writer.append(2, np.zeros((3, 4), np.float32))
-    with pytest.raises(TrajectoryError, match="in use by this process"):
+    with pytest.raises(
+        TrajectoryError, match="is open in this process; delete the TrajectoryDataset"
+    ):
         ShardReader(tmp_path)
     writer.close()
 

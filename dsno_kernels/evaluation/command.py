@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     _check_seeds(arguments)
     if arguments.json is not None:
-        prepare_folder(arguments.json.parent)
+        prepare_folder(arguments.json.parent, "the folder of --json,")
     device = choose_device(arguments.device)
     real = sets.fixed(arguments.reference)
     if real is None:

@@ -76,7 +76,13 @@ def digits(folder: Path, seed: int = 0) -> Features:
             f" {ACCURACY:.0%} are wanted; give another --classifier-seed"
         )
     name = f"penultimate layer of a digit classifier, {accuracy:.1%} right on held-out digits"
-    return Features(name, model.features)
+
+    def function(batch: Tensor) -> Tensor:
+        if batch.shape[1:] != (1, 8, 8):
+            raise ValueError("it takes (1, 8, 8); give --features pixels, or a TorchScript file")
+        return model.features(batch)
+
+    return Features(name, function)
 
 
 def _stored_classifier(

@@ -125,7 +125,7 @@ class Reference:
             raise CommandError(f"{name}: image {int(finite.int().argmin())} holds NaN or infinity")
         try:
             vectors = self.features(images)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise CommandError(
                 f"the features ({self.features.name}) cannot be computed on images of shape"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dsno_kernels.models import load
-from dsno_kernels.sampling.files import Target, check_target, to_bytes
+from dsno_kernels.sampling.files import Target, check_channels, check_target, to_bytes
 from dsno_kernels.sampling.generation import (
     PRECISIONS,
     batches,
@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_target(out, arguments.strip)
     device = choose_device(arguments.device)
     model = load(arguments.model, device, kind="dsno")
+    check_channels(out, model.config.image_channels)
     logsnr = read_logsnr(arguments.model)
     try:
         if arguments.times is not None:

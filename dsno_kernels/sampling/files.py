@@ -56,7 +56,23 @@ def check_target(path: Path, strips: bool) -> None:
         raise CommandError(f"--strip draws pictures; give --out a .png or a folder, not {path}")
     prepare_folder(path if folder else path.parent)
     if folder and next(path.rglob("*.png"), None) is not None:
-        raise CommandError(f"--out {path} holds images already; give a new folder")
+        raise CommandError(
+            f"--out {path} holds images already, of a run that ended or was stopped; remove them,"
+            " or give a new folder"
+        )
+
+
+def check_channels(path: Path, channels: int) -> None:
+    """Find out whether images of so many channels can be written there: pictures are gray or RGB.
+
+    Raises:
+        CommandError: they cannot.
+    """
+    if channels not in (1, 3) and (path.is_dir() or path.suffix.lower() != ".npz"):
+        raise CommandError(
+            f"--out {path}: a picture has 1 or 3 channels, these images have {channels}; give"
+            " --out FILE.npz"
+        )
 
 
 class Target:

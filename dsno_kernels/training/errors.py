@@ -10,9 +10,9 @@ class CommandError(Exception):
     """Why a command cannot go on: what was given, what is accepted, what to do; one sentence."""
 
 
-def prepare_folder(path: Path) -> None:
-    """Make the output folder, and find out now rather than after the work whether it can be
-    written.
+def prepare_folder(path: Path, option: str = "--out") -> None:
+    """Make the output folder, which an option named, and find out now rather than after the work
+    whether it can be written.
 
     Raises:
         CommandError: it cannot.
@@ -23,5 +23,5 @@ def prepare_folder(path: Path) -> None:
             pass
     except OSError as error:
         raise CommandError(
-            f"--out {path} cannot be written ({error.strerror}); give a folder that can"
+            f"{option} {path} cannot be written ({error.strerror}); give a folder that can"
         ) from None

@@ -206,7 +206,10 @@ def _open(path: Path, *, new: bool = False, **options: Any) -> Any:
         environment = lmdb.open(str(path), meminit=False, **options)
     except lmdb.Error as error:
         if "already open" in str(error):
-            raise TrajectoryError(f"{path} is in use by this process: {error}") from None
+            raise TrajectoryError(
+                f"{path} is open in this process; delete the TrajectoryDataset that reads it, or"
+                " end the run that writes it"
+            ) from None
         raise TrajectoryError(f"{data} is damaged ({error}): {advice}") from None
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     size = data.stat().st_size  # again: another process may have written

@@ -78,6 +78,23 @@ def test_half_precision_halves_the_file_and_loads_as_float32(tmp_path: Path) -> 
             assert_close(value, model.state_dict()[name], HALF if value.abs().max() > 1e-3 else 0.5)
 
 
+def test_a_weight_that_half_precision_makes_infinite(path: Path) -> None:
+    model, before = DSNO(TINY), path.read_bytes()
+    weight = model.all_modules[0].weight
+    with torch.no_grad():
+        weight[0, :2] = torch.tensor([float("inf"), -1e5])
+    with pytest.raises(
+        ModelFileError, match=r"0\.weight reaches 1e\+05, float16 ends at 6.55e\+04"
+    ):
+        dk.models.save(model, path, dtype=torch.float16)
+    assert path.read_bytes() == before
+    dk.models.save(model, path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        weight[0, 1] = -6e4
+    dk.models.save(model, path, dtype=torch.float16)  # what was infinite stays that
+    assert dk.models.load(path).all_modules[0].weight[0, :2].tolist() == [float("inf"), -6e4]
+
+
 def test_the_name_of_a_packaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "PACKAGED", tmp_path)
     dk.models.save(DSNO(TINY), tmp_path / "squares.safetensors")

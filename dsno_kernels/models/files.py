@@ -42,8 +42,8 @@ def save(
         **metadata: more of it; what is not a string is stored as JSON.
 
     Raises:
-        TypeError: another kind of model. OSError: the file cannot be written; one that was there
-        is as it was.
+        TypeError: another kind of model. ModelFileError: (a ValueError) a finite weight that is
+        infinite in `dtype`. OSError: the file cannot be written. One that was there is as it was.
 
     Example:
         >>> dk.models.save(model, "student.safetensors", logsnr=logsnr.tolist())
@@ -55,10 +55,21 @@ def save(
     if isinstance(model, EDMDenoiser):
         own.update(kind="edm_denoiser", sigma_data=model.sigma_data)
     tensors = {
-        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        name: _stored(name, tensor, dtype) if dtype and tensor.is_floating_point() else tensor
         for name, tensor in network.state_dict().items()
     }
     write_tensors(path, tensors, {**own, **metadata})
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = tensor.to(dtype)
+    if stored.isinf().sum() > tensor.isinf().sum():
+        raise ModelFileError(
+            f"{name} reaches {float(tensor.nan_to_num(posinf=0.0, neginf=0.0).abs().max()):.3g},"
+            f" {str(dtype).removeprefix('torch.')} ends at {torch.finfo(dtype).max:.3g}; store the"
+            " model as float32"
+        )
+    return stored
 
 
 def load(

@@ -359,7 +359,7 @@ def test_labels_that_are_no_classes(wrong: int, copy: Path) -> None:
     """In an LMDB of the official project."""
     shard = copy / "shard-00000-of-00001"
     np.save(shard / "labels.npy", np.full(COUNT, wrong))
-    with pytest.raises(TrajectoryError, match=rf"classes in 0\.\.999999, got {wrong} to"):
+    with pytest.raises(TrajectoryError, match=rf"classes in 0\.\.99999, got {wrong} to"):
         TrajectoryDataset(shard, shape=(SHAPE[0], FRAMES, *SHAPE[1:]))
 
 

@@ -227,13 +227,14 @@ def test_compiles_without_a_graph_break() -> None:
     ("changes", "match"),
     [
         ({"channels": 48}, r"multiple of 32"),
+        ({"dropout": 2.0}, r"dropout must be in \[0, 1\), got 2\.0"),
         ({"channel_mult": ()}, r"channel_mult"),
         ({"image_size": 15}, r"cannot be halved"),
         ({"num_heads": 3}, r"32 channels do not split into 3 heads"),
         ({"logsnr_input": "linear"}, r"accepted: 'inv_cos', 'sigmoid'"),
         ({"modes": 0}, r"modes must be at least 1"),
     ],
-    ids=["groups", "levels", "size", "heads", "logsnr_input", "modes"],
+    ids=["groups", "dropout", "levels", "size", "heads", "logsnr_input", "modes"],
 )
 def test_bad_configurations_are_named(changes: dict[str, object], match: str) -> None:
     with pytest.raises(ValueError, match=match):

@@ -19,7 +19,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-from dsno_kernels.models.files import read_tensors
+from dsno_kernels.models.files import read_tensors, write_tensors
 from dsno_kernels.training import checkpoint, interrupts, loop
 from dsno_kernels.training.errors import CommandError
 from dsno_kernels.training.history import History
@@ -285,6 +285,20 @@ def test_a_broken_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["model.all_modules.0.weight", "optimizer.exp_avg_sq.all_modules.0.weight"]
+)
+def test_a_checkpoint_that_lacks_a_tensor(name: str, tmp_path: Path) -> None:
+    run(tmp_path, steps=1)
+    path = tmp_path / checkpoint.NAME
+    tensors, metadata = read_tensors(path)
+    value = tensors.pop(name)
+    for changed in (tensors, {**tensors, name: value[1:]}):
+        write_tensors(path, changed, metadata)
+        with pytest.raises(CommandError, match=rf"has no {name} of shape \(32, 32\)\); remove it"):
+            run(tmp_path)
+
+
+@pytest.mark.parametrize(
     "damage", [None, b"", b"\x00\xff\xfe\n1,\n\xb2,0.5,0.1,0.1\n"], ids=["none", "empty", "bytes"]
 )
 def test_a_finished_run_needs_no_loss_curve(damage: bytes | None, tmp_path: Path) -> None:
@@ -366,6 +380,7 @@ def test_a_batch_that_does_not_divide(tmp_path: Path) -> None:
     ("changes", "match"),
     [
         ({"steps": 0}, r"steps must be at least 1, got 0"),
+        ({"seed": 2**70}, r"seed must be below 2\*\*63, got 1180591620717411303424"),
         ({"warm_up": -1}, r"warm_up must be at least 0"),
         ({"learning_rate": float("nan")}, r"learning_rate must be positive, got nan"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),

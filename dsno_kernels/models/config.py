@@ -20,7 +20,7 @@ class DSNOConfig:
         num_heads: attention heads; unused where `head_dim` is given.
         head_dim: channels a head.
         embedding_dim: width of the embedding of log-SNR and class.
-        dropout: before the second convolution of each residual block.
+        dropout: share in [0, 1), before the second convolution of each residual block.
         num_classes: 0 for an unconditional network.
         time_conv: whether a temporal layer follows each block; without it every time is computed
             alone.
@@ -76,6 +76,8 @@ class DSNOConfig:
             raise ValueError(
                 f"channels must be a multiple of 32 (group normalization), got {self.channels}"
             )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.logsnr_input not in ("inv_cos", "sigmoid"):
             raise ValueError(
                 f"unknown logsnr_input {self.logsnr_input!r}; accepted: 'inv_cos', 'sigmoid'"

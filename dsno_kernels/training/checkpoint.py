@@ -111,7 +111,7 @@ def restore(path: Path, state: State, identity: Mapping[str, Any]) -> int:
     tensors: dict[str, Tensor] = {}
     if distributed.rank() == 0:
         try:
-            tensors, found[1] = _read(path, identity)
+            tensors, found[1] = _read(path, state, identity)
         except CommandError as error:
             found[0] = str(error)
     if distributed.size() > 1:
@@ -134,7 +134,7 @@ def earlier(path: Path) -> str:
     return f"the checkpoint of step {step} is in {path}"
 
 
-def _read(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], int]:
+def _read(path: Path, state: State, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], int]:
     """The tensors and the step of a checkpoint of this run; none and 0 without one."""
     if not path.exists():
         return {}, 0
@@ -152,7 +152,26 @@ def _read(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], i
                 f"{path} is of another run: {name} was {before.get(name)!r}, now it is {value!r};"
                 " give the options of that run, or another --out"
             )
+    for name, shape in _shapes(state).items():
+        if name not in tensors or tensors[name].shape != shape:
+            raise CommandError(
+                f"{path} cannot be continued (it has no {name} of shape {tuple(shape)}); remove it,"
+                " or give another --out"
+            )
     return tensors, step
+
+
+def _shapes(state: State) -> dict[str, torch.Size]:
+    """Of the tensors that make a checkpoint."""
+    shapes = {f"model.{name}": value.shape for name, value in state.model.state_dict().items()}
+    for name, value in state.average.module.state_dict().items():
+        shapes[f"average.{name}"] = value.shape
+    trained = (item for item in state.model.named_parameters() if item[1].requires_grad)
+    for name, parameter in trained:
+        shapes[f"optimizer.step.{name}"] = torch.Size()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            shapes[f"optimizer.{moment}.{name}"] = parameter.shape
+    return shapes
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -69,6 +69,8 @@ class Options:
         for name in ("warm_up", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if any(milestone < 0 for milestone in self.milestones):
+            raise ValueError(f"milestones must be at least 0, got {list(self.milestones)}")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if not 0.0 < self.learning_rate < math.inf:

@@ -21,6 +21,7 @@ Source: EDM (arXiv 2206.00364), table 1.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -211,13 +212,15 @@ def run(arguments: argparse.Namespace) -> None:
             num_classes=_classes(arguments, data),
             time_conv=False,
         )
-        if arguments.sigma_data is not None and not arguments.sigma_data > 0.0:
+        if arguments.sigma_data is not None and not 0.0 < arguments.sigma_data < math.inf:
             raise CommandError(f"--sigma-data must be positive, got {arguments.sigma_data}")
         if not 0.0 <= arguments.drop_classes < 1.0:
             raise CommandError(f"--drop-classes must be in [0, 1), got {arguments.drop_classes}")
         if arguments.drop_classes > 0.0 and not arguments.conditional:
             raise CommandError("--drop-classes needs classes; give --conditional, too")
-        if not arguments.p_std > 0.0:
+        if not math.isfinite(arguments.p_mean):
+            raise CommandError(f"--p-mean must be finite, got {arguments.p_mean}")
+        if not 0.0 < arguments.p_std < math.inf:
             raise CommandError(f"--p-std must be positive, got {arguments.p_std}")
         teacher = train(
             data,
@@ -234,7 +237,13 @@ def run(arguments: argparse.Namespace) -> None:
             name = f"{arguments.data}, SHA-256 {data.fingerprint()}"
             path = arguments.out / NAME
             origin = network.provenance(learning, name)
-            save(teacher, path, drop_classes=arguments.drop_classes, provenance=origin)
+            try:
+                save(teacher, path, drop_classes=arguments.drop_classes, provenance=origin)
+            except OSError as error:
+                raise CommandError(
+                    f"{path} cannot be written ({error.strerror}); the checkpoint beside it is"
+                    " whole: make room, and the same command writes it"
+                ) from None
             print(f"Wrote {path}: {sum(p.numel() for p in teacher.parameters()):,} parameters")
 
 

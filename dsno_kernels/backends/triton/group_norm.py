@@ -31,12 +31,14 @@ class Tile(NamedTuple):
     channels: int
     pixels: int
 
-    def config(self, silu: bool) -> Config:
-        """16 elements a thread, 8 beside running sums. Without SiLU the largest tiles have 32: the
-        compiler then keeps more alive than the registers of 32 warps hold.
+    def config(self, silu: bool, stride_p: int) -> Config:
+        """16 elements a thread, 8 beside running sums. Without SiLU, and where pixels are no
+        neighbors in memory, the largest tiles have 32: the compiler then keeps more alive than the
+        registers of 32 warps hold.
         """
         warps = self.channels * self.pixels // (512 if self.whole else 256)
-        return Config((self.channels, self.pixels, 1), min(32 if silu else 16, max(1, warps)), 1)
+        most = 32 if silu and stride_p == 1 else 16
+        return Config((self.channels, self.pixels, 1), min(most, max(1, warps)), 1)
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def plan_forward(
     planned = Launch(
         group_norm_kernels.group_norm_silu_kernel,
         axes.B * axes.T * groups,
-        tile.config(silu),
+        tile.config(silu, axes.stride_p),
         device,
         **_sizes(axes, groups),
         eps=eps,
@@ -227,7 +229,7 @@ def plan_backward(
     planned = Launch(
         group_norm_kernels.group_norm_silu_backward_kernel,
         samples * groups,
-        tile.config(silu),
+        tile.config(silu, axes.stride_p),
         device,
         samples=samples,
         **_sizes(axes, groups),

@@ -11,6 +11,7 @@ from dsno_kernels.diffusion.denoisers import (
 )
 from dsno_kernels.diffusion.discrete import DiscreteVP
 from dsno_kernels.diffusion.grids import time_grid
+from dsno_kernels.diffusion.learned_grid import GridFileError, LearnedGrid
 from dsno_kernels.diffusion.plan import SolverPlan
 from dsno_kernels.diffusion.processes import (
     EDM,
@@ -30,6 +31,8 @@ __all__ = [
     "DiscreteVP",
     "ExactDenoiser",
     "FlowMatching",
+    "GridFileError",
+    "LearnedGrid",
     "Process",
     "SolverPlan",
     "VPCosine",

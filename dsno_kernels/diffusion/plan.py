@@ -182,6 +182,10 @@ class SolverPlan:
         return self._settings.history
 
     @property
+    def end(self) -> str:
+        return self._settings.end
+
+    @property
     def prediction(self) -> str:
         return self._settings.prediction
 

@@ -1,15 +1,17 @@
-"""The shape of a network on the command line, and where a model file comes from."""
+"""The shape of a network on the command line, and its file."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from dsno_kernels.models import DSNOConfig
+from dsno_kernels.models import DSNOConfig, files
 from dsno_kernels.training.errors import CommandError
 from dsno_kernels.training.options import Options
 
@@ -71,6 +73,22 @@ def config(arguments: argparse.Namespace, **fields: Any) -> DSNOConfig:
         )
     except ValueError as error:
         raise CommandError(f"these options make no network: {error}") from None
+
+
+def save(model: nn.Module, path: Path, **metadata: Any) -> None:
+    """Write a trained model, beside its checkpoint; arguments of `dsno_kernels.models.save`.
+
+    Raises:
+        CommandError: it cannot be written.
+    """
+    try:
+        files.save(model, path, **metadata)
+    except OSError as error:
+        raise CommandError(
+            f"{path} cannot be written ({error.strerror}); the checkpoint beside it is whole: make"
+            " room, and the same command writes it"
+        ) from None
+    print(f"Wrote {path}: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
 
 def provenance(options: Options, data: str) -> dict[str, Any]:

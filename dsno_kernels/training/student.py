@@ -172,20 +172,13 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
         return
     path = arguments.out / NAME
     name = f"{arguments.trajectories}, SHA-256 {source.checksum or 'unknown'}"
-    try:
-        files.save(
-            average,
-            path,
-            dtype=SAVE_DTYPES[arguments.save_dtype],
-            logsnr=source.logsnr.tolist(),
-            provenance=network.provenance(learning, name),
-        )
-    except OSError as error:
-        raise CommandError(
-            f"{path} cannot be written ({error.strerror}); the checkpoint beside it is whole: make"
-            " room, and the same command writes it"
-        ) from None
-    _say(f"Wrote {path}: {sum(p.numel() for p in average.parameters()):,} parameters")
+    network.save(
+        average,
+        path,
+        dtype=SAVE_DTYPES[arguments.save_dtype],
+        logsnr=source.logsnr.tolist(),
+        provenance=network.provenance(learning, name),
+    )
 
 
 def configuration(

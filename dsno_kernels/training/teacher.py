@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dsno_kernels.models import DSNO, DSNOConfig, EDMDenoiser, save
+from dsno_kernels.models import DSNO, DSNOConfig, EDMDenoiser
 from dsno_kernels.training import distributed, images, network, options
 from dsno_kernels.training.errors import CommandError
 from dsno_kernels.training.images import Images
@@ -237,14 +237,7 @@ def run(arguments: argparse.Namespace) -> None:
             name = f"{arguments.data}, SHA-256 {data.fingerprint()}"
             path = arguments.out / NAME
             origin = network.provenance(learning, name)
-            try:
-                save(teacher, path, drop_classes=arguments.drop_classes, provenance=origin)
-            except OSError as error:
-                raise CommandError(
-                    f"{path} cannot be written ({error.strerror}); the checkpoint beside it is"
-                    " whole: make room, and the same command writes it"
-                ) from None
-            print(f"Wrote {path}: {sum(p.numel() for p in teacher.parameters()):,} parameters")
+            network.save(teacher, path, drop_classes=arguments.drop_classes, provenance=origin)
 
 
 def _classes(arguments: argparse.Namespace, data: Images) -> int:

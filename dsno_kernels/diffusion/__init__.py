@@ -12,7 +12,10 @@ from dsno_kernels.diffusion.denoisers import (
 from dsno_kernels.diffusion.discrete import DiscreteVP
 from dsno_kernels.diffusion.grids import time_grid
 from dsno_kernels.diffusion.learned_grid import GridFileError, LearnedGrid
+from dsno_kernels.diffusion.momentum import FDM
+from dsno_kernels.diffusion.optimized_grids import dmn_grid, gits_grid, trajectory_costs
 from dsno_kernels.diffusion.plan import SolverPlan
+from dsno_kernels.diffusion.preconditioning import Preconditioner
 from dsno_kernels.diffusion.processes import (
     EDM,
     VE,
@@ -26,6 +29,7 @@ from dsno_kernels.diffusion.solvers import solvers
 
 __all__ = [
     "EDM",
+    "FDM",
     "VE",
     "CapturedSampler",
     "DiscreteVP",
@@ -33,14 +37,18 @@ __all__ = [
     "FlowMatching",
     "GridFileError",
     "LearnedGrid",
+    "Preconditioner",
     "Process",
     "SolverPlan",
     "VPCosine",
     "VPLinear",
+    "dmn_grid",
     "for_process",
     "from_diffusers",
     "from_edm",
+    "gits_grid",
     "sample",
     "solvers",
     "time_grid",
+    "trajectory_costs",
 ]

@@ -115,7 +115,8 @@ class Process(ABC):
 
     def plain(self) -> bool:
         """Whether equal processes have equal plans, which are then shared: it is a frozen dataclass
-        of numbers and strings, with no other attributes. Other processes get a new plan each time.
+        of numbers, strings and such processes, with no other attributes. Other processes get a new
+        plan each time.
         """
         if not is_dataclass(self):
             return False
@@ -125,7 +126,12 @@ class Process(ABC):
             made.frozen
             and made.eq
             and attributes.keys() == {field.name for field in fields(self) if field.compare}
-            and all(isinstance(value, (int, float, str)) for value in attributes.values())
+            and all(
+                value.plain()
+                if isinstance(value, Process)
+                else value is None or isinstance(value, (int, float, str))
+                for value in attributes.values()
+            )
         )
 
 

@@ -1,5 +1,6 @@
 """Fused kernels for the Fourier temporal convolution of DSNO, as PyTorch functions and modules."""
 
+from dsno_kernels import _starting  # noqa: F401, I001  # first of all
 from dsno_kernels import diffusion, evaluation, integrations, models, nn
 from dsno_kernels.backends import use_backend
 from dsno_kernels.functional import (

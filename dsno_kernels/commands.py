@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dsno_kernels import _starting
 from dsno_kernels.models.files import ModelFileError
 from dsno_kernels.training.errors import CommandError
 
@@ -61,7 +62,6 @@ EXTRAS = {
     "PIL": ("pillow", "train"),
     "safetensors": ("safetensors", "train"),
     "lmdb": ("lmdb", "train"),
-    "torchmetrics": ("torchmetrics", "train"),
     "diffusers": ("diffusers", "diffusers"),
 }
 
@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 for what the user can mend; 130 after Ctrl-C.
     """
+    _starting.over()
     name = "dsno_kernels"
     try:
         arguments = parser().parse_args(argv)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,3 +154,27 @@ def test_an_unknown_argument_is_an_error(capsys: pytest.CaptureFixture[str]) -> 
         commands.main(["info", "more"])
     assert stop.value.code == 2
     assert "unrecognized arguments: more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["-m", "dsno_kernels", "info"], ["-c", "import dsno_kernels"]])
+def test_an_interrupt_while_pytorch_is_imported(command: list[str], tmp_path: Path) -> None:
+    """A command ends quietly; another program that imports the package gets its exception."""
+    slow = "import sys, time; print('importing', flush=True); time.sleep(600)"
+    (tmp_path / "torch.py").write_text(slow)
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    if command[0] == "-m":
+        assert (process.returncode, error) == (130, "")
+    else:
+        assert error.splitlines()[-1] == "KeyboardInterrupt"

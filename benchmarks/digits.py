@@ -11,21 +11,19 @@ stopped continues when it is started again, and the seconds of both are added.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script runs from a checkout, installed or not
 
-from benchmarks import machine  # noqa: E402
+from benchmarks import journal, machine  # noqa: E402
 
 TEACHER = "digits/teacher/teacher.safetensors"
 STUDENT = "digits/student/dsno.safetensors"
@@ -74,8 +72,8 @@ def run(name: str, folder: Path, smoke: bool) -> None:
         path.write_text(json.dumps(seconds))
 
 
-def result(folder: Path) -> dict[str, Any]:
-    """The results file, as `benchmarks/report.py` reads it."""
+def write_result(folder: Path, results: Path) -> Path:
+    """Write the results file, as `benchmarks/report.py` reads it, of what was run in `folder`."""
     measured = json.loads((folder / TABLE).read_text())
     seconds = json.loads((folder / SECONDS).read_text())
     device = torch.device("cuda" if measured["device"].startswith("cuda") else "cpu")
@@ -88,27 +86,9 @@ def result(folder: Path) -> dict[str, Any]:
     ]
     paired = {"op": "digits_paired", "differences": measured["student_minus_ablation"]}
     entries.append({"name": "digits_paired", "group": "digits", "extra_info": paired})
-    return {
-        "machine_info": machine.describe(device),
-        "commit_info": commit(),
-        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
-        "benchmarks": entries,
-    }
-
-
-def commit() -> dict[str, Any]:
-    """The commit that the checkout stands at, if git knows."""
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    path = results / f"digits-{machine.slug(device)}.json"
+    journal.write(path, machine.describe(device), entries)
+    return path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,10 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:
         print(f"digits: stopped; the command above ended with {error.returncode}", file=sys.stderr)
         return 2
-    content = result(options.folder)
-    device = torch.device("cuda" if content["machine_info"]["device"] == "cuda" else "cpu")
-    path = options.results / f"digits-{machine.slug(device)}.json"
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    path = write_result(options.folder, options.results)
     print(f"\ndigits: wrote {path}")
     return 0
 

@@ -53,7 +53,7 @@ def commit() -> dict[str, Any]:
 
 
 def write_results(path: Path, folder: Path) -> Path | None:
-    """Write `folder/<machine>.json` of a journal, in the form of pytest-benchmark's files.
+    """Write `folder/<machine>.json` of a journal.
 
     Of two entries of one name the later one counts. Returns None while nothing is measured.
     """
@@ -62,14 +62,19 @@ def write_results(path: Path, folder: Path) -> Path | None:
     entries = {line["name"]: line for line in lines if "extra_info" in line}
     if not machines or not entries:
         return None
+    target = folder / f"{machines[-1]['slug']}.json"
+    write(target, machines[-1]["machine_info"], list(entries.values()))
+    return target
+
+
+def write(target: Path, machine_info: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    """Write a results file in the form of pytest-benchmark's; it appears complete or not at all."""
     content = {
-        "machine_info": machines[-1]["machine_info"],
+        "machine_info": machine_info,
         "commit_info": commit(),
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "benchmarks": list(entries.values()),
+        "benchmarks": entries,
     }
-    target = folder / f"{machines[-1]['slug']}.json"
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, target)
-    return target

@@ -51,11 +51,11 @@ def cells(row: dict[str, object]) -> tuple[str, ...]:
     )
 
 
-def spread(measured: object, digits: int) -> str:
+def spread(measured: object, places: int) -> str:
     assert isinstance(measured, dict)
     deviation = measured["deviation"]
-    return f"{measured['mean']:.{digits}f}" + (
-        "" if deviation is None else f" ± {deviation:.{digits}f}"
+    return f"{measured['mean']:.{places}f}" + (
+        "" if deviation is None else f" ± {deviation:.{places}f}"
     )
 
 

@@ -45,7 +45,8 @@ def results(tmp_path: Path) -> Path:
     (tmp_path / digits.SECONDS).write_text(json.dumps(dict.fromkeys(digits.COMMANDS, 60.0)))
     folder = tmp_path / "results"
     folder.mkdir()
-    (folder / "digits-a.json").write_text(json.dumps(digits.result(tmp_path)))
+    path = digits.write_result(tmp_path, folder)
+    assert path.name.startswith("digits-") and list(folder.iterdir()) == [path]
     return folder
 
 

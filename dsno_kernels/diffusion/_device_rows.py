@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.eval_frame import reset_code
 
 from dsno_kernels import _cuda_graph
 from dsno_kernels.diffusion._rows import Setting
@@ -123,6 +122,9 @@ class DeviceRows:
             try:
                 return row()
             except torch._dynamo.exc.FailOnRecompileLimitHit:
+                # Private, so imported where it is needed: the rest works without it.
+                from torch._C._dynamo.eval_frame import reset_code
+
                 reset_code(DeviceRows.row.__code__)
                 return row()
 

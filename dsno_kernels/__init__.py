@@ -5,10 +5,12 @@ from dsno_kernels import diffusion, evaluation, integrations, models, nn
 from dsno_kernels.backends import use_backend
 from dsno_kernels.functional import (
     SolverStep,
+    denoising_loss,
     dynamic_threshold,
     exp_step,
     explain,
     group_norm_silu,
+    noised,
     solver_step,
     spectral_conv,
     spectral_conv_weight_grad,
@@ -22,6 +24,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "SolverStep",
+    "denoising_loss",
     "diffusion",
     "dynamic_threshold",
     "evaluation",
@@ -32,6 +35,7 @@ __all__ = [
     "integrations",
     "models",
     "nn",
+    "noised",
     "restore_layers",
     "solver_step",
     "spectral_conv",

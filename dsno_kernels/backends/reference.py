@@ -9,7 +9,7 @@ the caller's axes; `n` is the output length, K the number of kept modes, and `al
     its adjoint      X_k = sum over o of conj(W_k)[i, o] G_k[o], so that <g, S(x)> = <S^T(g), x>
     spectral_conv_weight_grad   dW_k = (alpha_k / n) sum over B, P of conj(X_k) (x) G_k
     truncated_rfft / truncated_irfft   the two transforms alone, spectra as real pairs `[..., 2]`
-    group_norm_silu  in reference_norm.py
+    group_norm_silu  in reference_norm.py;  noised, denoising_loss  in reference_denoising.py
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from dsno_kernels import _layout
 from dsno_kernels._modes import alpha
 from dsno_kernels.backends import Request
 from dsno_kernels.backends._matmul import out_of_reach
+from dsno_kernels.backends.reference_denoising import denoising_loss as denoising_loss
+from dsno_kernels.backends.reference_denoising import noised as noised
 from dsno_kernels.backends.reference_norm import group_norm_silu as group_norm_silu
 from dsno_kernels.backends.reference_norm import (
     group_norm_silu_backward as group_norm_silu_backward,

@@ -13,6 +13,7 @@ import torch
 
 from dsno_kernels import backends
 from dsno_kernels import precision as precisions
+from dsno_kernels.functional.denoising import denoising_loss, noised
 from dsno_kernels.functional.dynamic_threshold import dynamic_threshold
 from dsno_kernels.functional.exp_step import exp_step
 from dsno_kernels.functional.group_norm_silu import group_norm_silu
@@ -23,10 +24,12 @@ from dsno_kernels.functional.truncated_fft import truncated_irfft, truncated_rff
 __all__ = [
     "OPS",
     "SolverStep",
+    "denoising_loss",
     "dynamic_threshold",
     "exp_step",
     "explain",
     "group_norm_silu",
+    "noised",
     "solver_step",
     "spectral_conv",
     "spectral_conv_weight_grad",
@@ -43,6 +46,8 @@ OPS: dict[str, Callable[..., Any]] = {
     "group_norm_silu": group_norm_silu,
     "exp_step": exp_step,
     "solver_step": solver_step,
+    "noised": noised,
+    "denoising_loss": denoising_loss,
 }
 
 

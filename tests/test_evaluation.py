@@ -262,7 +262,7 @@ def test_a_teacher_starts_from_the_noise_of_the_student(process: Any, tmp_path: 
     drawing = sets.Drawing(5, 2, torch.device("cpu"), "fp32")
     grid = dk.diffusion.time_grid(process, 4)
     plan = dk.diffusion.SolverPlan.build(process, grid, "tab2", prediction="x0")
-    (samples,) = sets.teachers(str(teacher), [plan], drawing)
+    (samples,) = sets.teachers(str(teacher), {"teacher": plan}, drawing)
     model = dk.diffusion.for_process(dk.models.load(teacher), process)
     noise = dk.sampling.generation.noise_of(network(), range(5), 1)
     noise *= 1.0 if isinstance(process, dk.diffusion.VPCosine) else (1 + 80.0**2) ** 0.5

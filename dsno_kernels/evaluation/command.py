@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,14 @@ import torch
 from torch import Tensor
 
 from dsno_kernels import __version__
-from dsno_kernels.diffusion import SolverPlan, time_grid
+from dsno_kernels._files import write_json
+from dsno_kernels.diffusion import SolverPlan
 from dsno_kernels.evaluation import features, report, sets
 from dsno_kernels.sampling.command import positive
 from dsno_kernels.sampling.generation import PRECISIONS
+from dsno_kernels.time_grids.plans import PROCESS, PROCESSES, SOLVER, is_file, plan_of
 from dsno_kernels.training.distributed import choose_device
 from dsno_kernels.training.errors import CommandError, prepare_folder
-from dsno_kernels.training.trajectories import PROCESSES
 
 STUDENT, ABLATION = "student", "student without temporal layers"
 
@@ -43,10 +42,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--teacher", metavar="FILE", help="the denoiser, sampled with a solver for comparison"
     )
     whole: dict[str, Any] = {"type": positive, "metavar": "N"}
-    add("--evaluations", "steps of the teacher's solver", nargs="+", default=[5, 10, 20], **whole)
-    add("--solver", "of the teacher, a name of dk.diffusion.solvers()", default="tab3")
-    add("--grid", "times of the solver, a kind of dk.diffusion.time_grid", default="uniform")
-    add("--process", "of the teacher's sampling", choices=tuple(PROCESSES), default="vp_cosine")
+    add(
+        "--evaluations",
+        "steps of the teacher's solver, with each kind of --grid",
+        nargs="+",
+        default=[5, 10, 20],
+        **whole,
+    )
+    usual = "default: that of a grid's file; otherwise"
+    parser.add_argument(
+        "--solver", help=f"of the teacher, a name of dk.diffusion.solvers(); {usual} {SOLVER}"
+    )
+    add(
+        "--grid",
+        "times of the solver: kinds of dk.diffusion.time_grid, or files (.json) of learned grids,"
+        " with their own number of steps",
+        nargs="+",
+        default=["uniform"],
+    )
+    parser.add_argument(
+        "--process",
+        help=f"of the teacher's sampling; {usual} {PROCESS}",
+        choices=tuple(PROCESSES),
+    )
     add("--reference", "real images: digits, an .npz or a folder", metavar="SET", default="digits")
     add(
         "--features",
@@ -119,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
             "rows": [row.as_dict() for row in rows],
             "student_minus_ablation": differences,
         }
-        _replace_json(arguments.json, content)
+        write_json(arguments.json, content)
 
 
 def _check_seeds(arguments: argparse.Namespace) -> None:
@@ -153,14 +171,20 @@ def _sample_sets(
     return found
 
 
-def _plans(arguments: argparse.Namespace) -> list[SolverPlan]:
-    """The teacher's solver for each number of steps."""
-    process, solver = PROCESSES[arguments.process], arguments.solver
-    try:
-        grids = [time_grid(process, steps, arguments.grid) for steps in arguments.evaluations]
-        return [SolverPlan.build(process, grid, solver, prediction="x0") for grid in grids]
-    except ValueError as error:
-        raise CommandError(f"--solver {solver}, --grid {arguments.grid}: {error}") from None
+def _plans(arguments: argparse.Namespace) -> dict[str, SolverPlan]:
+    """The teacher's solvers, each with its name in the table."""
+    process, solver, found = arguments.process, arguments.solver, {}
+    for grid in arguments.grid:
+        note = f", {grid} grid" if is_file(grid) or len(arguments.grid) > 1 else ""
+        try:
+            for steps in [None] if is_file(grid) else arguments.evaluations:
+                plan = plan_of(grid, steps, process=process, solver=solver)
+                name = f"teacher, {plan.solver}, {plan.evaluations} evaluations{note}"
+                found[name] = plan
+        except ValueError as error:
+            options = f"--grid {grid}" if solver is None else f"--solver {solver}, --grid {grid}"
+            raise CommandError(f"{options}: {error}") from None
+    return found
 
 
 def _features(arguments: argparse.Namespace, device: torch.device) -> features.Features:
@@ -170,12 +194,3 @@ def _features(arguments: argparse.Namespace, device: torch.device) -> features.F
         prepare_folder(arguments.out)
         return features.digits(arguments.out, arguments.classifier_seed)
     return features.torchscript(Path(arguments.features), device)
-
-
-def _replace_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,15 +83,16 @@ def student(name: str, path: str, drawing: Drawing) -> SampleSet:
     return SampleSet(name, draw, 1)
 
 
-def teachers(path: str, plans: Sequence[diffusion.SolverPlan], drawing: Drawing) -> list[SampleSet]:
-    """Samples of a denoiser, a set for each plan (of x0 prediction)."""
+def teachers(
+    path: str, plans: Mapping[str, diffusion.SolverPlan], drawing: Drawing
+) -> list[SampleSet]:
+    """Samples of a denoiser, a set for each plan (of x0 prediction) under its name."""
     model: EDMDenoiser = load(path, drawing.device, kind="edm_denoiser")
 
-    def set_of(plan: diffusion.SolverPlan) -> SampleSet:
-        name = f"teacher, {plan.solver}, {plan.evaluations} evaluations"
+    def set_of(name: str, plan: diffusion.SolverPlan) -> SampleSet:
         return SampleSet(name, lambda seed: _solve(model, plan, seed, drawing), plan.evaluations)
 
-    return [set_of(plan) for plan in plans]
+    return [set_of(name, plan) for name, plan in plans.items()]
 
 
 @torch.no_grad()

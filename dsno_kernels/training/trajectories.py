@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,23 +17,17 @@ import torch
 from torch import Tensor
 
 from dsno_kernels import diffusion, models
-from dsno_kernels.diffusion import SolverPlan, VPCosine, VPLinear
+from dsno_kernels.time_grids.plans import PROCESS, PROCESSES, SOLVER, is_file, plan_of
 from dsno_kernels.training import distributed, images
 from dsno_kernels.training.errors import CommandError, prepare_folder
 from dsno_kernels.training.manifest import TrajectoryError
 from dsno_kernels.training.trajectory_data import TrajectoryDataset
 from dsno_kernels.training.trajectory_writer import FRAMES, verify, write_trajectories
 
-__all__ = ["TrajectoryDataset", "TrajectoryError", "write_trajectories"]
+__all__ = ["PROCESSES", "TrajectoryDataset", "TrajectoryError", "write_trajectories"]
 
 EXACT = "exact"
-# Where the log-SNR of alpha = cos(pi t / 2) is 20: the ends of DSNO's own schedule.
-_EDGE = math.atan(math.exp(-10.0)) * 2.0 / math.pi
-PROCESSES = {
-    "vp_cosine": VPCosine(),
-    "vp_linear": VPLinear(),
-    "dsno": VPCosine(s=0.0, t_min=_EDGE, t_max=1.0 - _EDGE),
-}
+STEPS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,14 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_arguments(parser)
     add("--out", "the folder", type=Path, default=Path("trajectories"), metavar="FOLDER")
     add("--count", "trajectories", type=int, default=20_000, metavar="N")
-    add("--process", "noising process", choices=tuple(PROCESSES), default="vp_cosine")
-    add("--solver", "one of dk.diffusion.solvers()", default="tab3", metavar="NAME")
-    add("--steps", "of the solver", type=int, default=16, metavar="N")
+    usual = "that of a grid's file; otherwise"
+    add("--process", f"noising process; default: {usual} {PROCESS}", choices=tuple(PROCESSES))
+    add("--solver", f"one of dk.diffusion.solvers(); default: {usual} {SOLVER}", metavar="NAME")
+    add("--steps", f"of the solver; default: {usual} {STEPS}", type=int, metavar="N")
     add(
         "--grid",
-        "kind of time grid, as of dk.diffusion.time_grid",
+        "kind of time grid, as of dk.diffusion.time_grid, or the file (.json) of a learned one",
         default="uniform",
-        metavar="KIND",
+        metavar="GRID",
     )
     add("--grid-order", "order of the time grid", type=float, metavar="X")
     add("--t-start", "first time; the process's by default", type=float, metavar="T")
@@ -86,21 +80,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     device = distributed.choose_device(arguments.device)
     prepare_folder(arguments.out)
-    process = PROCESSES[arguments.process]
+    steps = arguments.steps
     try:
-        grid = diffusion.time_grid(
-            process,
-            arguments.steps,
+        plan = plan_of(
             arguments.grid,
+            STEPS if steps is None and not is_file(arguments.grid) else steps,
+            process=arguments.process,
+            solver=arguments.solver,
             order=arguments.grid_order,
             t_start=arguments.t_start,
             t_end=arguments.t_end,
         )
-        plan = SolverPlan.build(process, grid, arguments.solver, prediction="x0")
-        teacher = _teacher(arguments, device)
+        teacher = teacher_of(arguments, device)
         shards = write_trajectories(
             arguments.out,
-            diffusion.for_process(teacher.denoiser, process),
+            diffusion.for_process(teacher.denoiser, plan.process),
             plan,
             count=arguments.count,
             shape=teacher.shape,
@@ -123,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"Wrote {path}{', and every value is as it was' if arguments.verify else ''}")
 
 
-class _Teacher(NamedTuple):
+class Teacher(NamedTuple):
     """A denoiser, the shape of its images, its classes or None, and what tells it from another."""
 
     denoiser: Callable[..., Tensor]
@@ -132,7 +126,13 @@ class _Teacher(NamedTuple):
     name: str
 
 
-def _teacher(arguments: argparse.Namespace, device: torch.device) -> _Teacher:
+def teacher_of(arguments: argparse.Namespace, device: torch.device) -> Teacher:
+    """What --teacher names, with --conditional, --labels and --guidance.
+
+    Raises:
+        CommandError: options that do not fit the teacher, or images that cannot be used.
+        ModelFileError: a file that is no teacher.
+    """
     if arguments.teacher == EXACT:
         data = images.load(arguments.data, arguments.size, arguments.classes)
         conditional = arguments.conditional or arguments.labels is not None
@@ -142,7 +142,7 @@ def _teacher(arguments: argparse.Namespace, device: torch.device) -> _Teacher:
         known = [] if labels is None else labels.unique().tolist()
         exact = diffusion.ExactDenoiser(data.images, labels).to(device)
         shape = tuple(data.images.shape[1:])
-        return _Teacher(exact, shape, _chosen(arguments, known), f"exact {data.fingerprint()}")
+        return Teacher(exact, shape, _chosen(arguments, known), f"exact {data.fingerprint()}")
     path = Path(arguments.teacher)
     _check_unused(arguments)
     model = models.load(path, device, kind="edm_denoiser")
@@ -157,7 +157,7 @@ def _teacher(arguments: argparse.Namespace, device: torch.device) -> _Teacher:
             f"--guidance needs a teacher that also knows no class; train {path} with"
             " --conditional --drop-classes 0.1"
         )
-    return _Teacher(model, shape, classes, f"edm_denoiser {digest}")
+    return Teacher(model, shape, classes, f"edm_denoiser {digest}")
 
 
 def _check_unused(arguments: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import dsno_kernels as dk
 from dsno_kernels.integrations import dsno
 from dsno_kernels.models import DSNO, DSNOConfig
+from tests.faults import full_disk
 from tests.helpers import assert_close
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -197,21 +198,12 @@ def test_saved_files_are_of_the_official_layout(tmp_path: Path) -> None:
         assert all(torch.equal(v, loaded[k]) for k, v in network.state_dict().items())
 
 
-def test_a_failed_save_leaves_the_earlier_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
-    dsno.save(DSNO(SMALL), path)
-    before = path.read_bytes()
-
-    def full_disk(content: object, file: Path) -> None:
-        file.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    path.write_bytes(b"earlier")
+    with full_disk(), pytest.raises(OSError, match="File too large"):
         dsno.save(DSNO(SMALL), path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,19 @@ Example:
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from dsno_kernels._files import replacing
 from dsno_kernels.models.config import DSNOConfig
 from dsno_kernels.models.dsno import DSNO
+from dsno_kernels.models.files import assign
 
 __all__ = ["load", "save"]
 
@@ -86,13 +88,10 @@ def save(model: DSNO, path: str | os.PathLike[str], ema: DSNO | None = None) -> 
         name: {key: tensor.detach().cpu().float() for key, tensor in network.state_dict().items()}
         for name, network in (("model", model), ("ema", averaged))
     }
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        torch.save({**states, "args": argparse.Namespace()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()  # written to a file, a full disk would be a RuntimeError
+    torch.save({**states, "args": argparse.Namespace()}, content)
+    with replacing(path) as file:
+        file.write(content.getbuffer())
 
 
 def _read(path: str | os.PathLike[str]) -> Any:
@@ -127,26 +126,5 @@ def _filled(config: DSNOConfig, state: Mapping[str, Tensor], source: str) -> DSN
         state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
     with torch.device("meta"):
         model = DSNO(config)
-    difference = _first_difference(model.state_dict(), state)
-    if difference:
-        raise ValueError(
-            f"{source} does not fit this configuration: {difference}; pass the DSNOConfig that it"
-            " was trained with"
-        )
-    weights = {key: tensor.float().contiguous() for key, tensor in state.items()}
-    model.load_state_dict(weights, strict=True, assign=True)
+    assign(model, state, source, "pass the DSNOConfig that it was trained with")
     return model.eval()
-
-
-def _first_difference(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Which key differs first, in the network's order; "" where none does."""
-    for key, tensor in wanted.items():
-        shape = tuple(tensor.shape)
-        if key not in found:
-            return f"{key} with shape {shape} is missing in it"
-        if found[key].shape != tensor.shape:
-            return f"{key} has shape {tuple(found[key].shape)} in it and {shape} in the network"
-    for key, tensor in found.items():
-        if key not in wanted:
-            return f"{key} with shape {tuple(tensor.shape)} in it is not in the network"
-    return ""

@@ -1,17 +1,17 @@
 """Models as files: safetensors with everything that rebuilds the model in the metadata.
 
 The metadata are strings. "kind" is "dsno" or "edm_denoiser"; "config" is the JSON of the network's
-`DSNOConfig`; "sigma_data" belongs to an edm_denoiser. Further ones are free: "logsnr" (JSON list of
-the times a DSNO was trained on), "provenance" (JSON: command, seed, steps, version, data).
+`DSNOConfig`; "sigma_data" belongs to an edm_denoiser, and so does "process", the JSON of what
+`dsno_kernels.diffusion.process_files` makes of another process than EDM. Further ones are free:
+"logsnr" (JSON list of the times a DSNO was trained on), "provenance" (JSON: command, seed, steps,
+version, data).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsno_kernels._files import replacing
+from dsno_kernels.diffusion.process_files import described, rebuilt
+from dsno_kernels.diffusion.processes import EDM
 from dsno_kernels.models.config import DSNOConfig
 from dsno_kernels.models.denoiser import EDMDenoiser
 from dsno_kernels.models.dsno import DSNO
@@ -43,7 +46,8 @@ def save(
 
     Raises:
         TypeError: another kind of model. ModelFileError: (a ValueError) a finite weight that is
-        infinite in `dtype`. OSError: the file cannot be written. One that was there is as it was.
+        infinite in `dtype`, or a process that holds functions. OSError: the file cannot be written.
+        One that was there is as it was.
 
     Example:
         >>> dk.models.save(model, "student.safetensors", logsnr=logsnr.tolist())
@@ -54,6 +58,10 @@ def save(
     own: dict[str, Any] = {"kind": "dsno", "config": dataclasses.asdict(network.config)}
     if isinstance(model, EDMDenoiser):
         own.update(kind="edm_denoiser", sigma_data=model.sigma_data)
+        if type(model.process) is not EDM:
+            own["process"] = described(model.process)
+            if "repr" in own["process"]:
+                raise ModelFileError(f"a file cannot hold the process {model.process!r}")
     tensors = {
         name: _stored(name, tensor, dtype) if dtype and tensor.is_floating_point() else tensor
         for name, tensor in network.state_dict().items()
@@ -105,6 +113,7 @@ def load(
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         config = DSNOConfig(**fields)
         sigma_data = float(metadata["sigma_data"]) if found == "edm_denoiser" else 0.0
+        process = rebuilt(json.loads(metadata["process"])) if "process" in metadata else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelFileError(
             f"{path} holds no configuration that this version knows"
@@ -113,7 +122,7 @@ def load(
     with torch.device("meta"):
         network = DSNO(config, kernels=kernels)
     assign(network, tensors, path)
-    model = EDMDenoiser(network, sigma_data) if found == "edm_denoiser" else network
+    model = EDMDenoiser(network, sigma_data, process) if found == "edm_denoiser" else network
     return model.eval()
 
 
@@ -143,32 +152,9 @@ def write_tensors(
     content = safetensors.torch.save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, texts
     )
-    # Not safetensors' own save_file: its errors do not tell a full disk from another fault, and a
-    # killed process leaves a temporary file of a random name.
-    _remove_leftovers(Path(path))
-    part = Path(f"{path}.{os.getpid()}.part")  # another process writes another one
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote this file."""
-    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        pid = part.suffixes[-2][1:]
-        if pid.isdecimal():
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                part.unlink(missing_ok=True)
-            except (OSError, OverflowError):  # it lives, as another user; or that is no process
-                pass
+    # Not safetensors' own save_file: its errors do not tell a full disk from another fault.
+    with replacing(path) as file:
+        file.write(content)
 
 
 def read_tensors(
@@ -184,24 +170,33 @@ def read_tensors(
         return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
-def assign(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Make the tensors the parameters of a model (on any device, or on "meta"), in float32.
+def assign(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str | Path,
+    advice: str = "give another file",
+) -> None:
+    """Make the tensors the parameters of a model (on any device, or on "meta"), in its dtypes.
 
     Raises:
         ModelFileError: the first key that only one of them has, or the first shape that differs.
     """
-    for name, expected in model.state_dict().items():
-        if name not in tensors:
-            raise ModelFileError(f"{source} lacks {name}, which its configuration needs")
-        if tensors[name].shape != expected.shape:
-            raise ModelFileError(
-                f"{source}: {name} has shape {tuple(tensors[name].shape)}, its configuration needs"
-                f" {tuple(expected.shape)}"
+    wanted = model.state_dict()
+    for name in {**wanted, **tensors}:
+        found, needed = (
+            tuple(state[name].shape) if name in state else None for state in (tensors, wanted)
+        )
+        if found != needed:
+            difference = (
+                f"{name} with shape {needed} is missing in it"
+                if found is None
+                else f"{name} with shape {found} in it is not in the network"
+                if needed is None
+                else f"{name} has shape {found} in it and {needed} in the network"
             )
-    state = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    unknown = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
-    if unknown:
-        raise ModelFileError(f"{source} holds {unknown[0]}, which its configuration has no use for")
+            raise ModelFileError(f"{source} does not fit the configuration: {difference}; {advice}")
+    state = {name: tensor.to(wanted[name].dtype).contiguous() for name, tensor in tensors.items()}
+    model.load_state_dict(state, assign=True)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsno_kernels.diffusion.discrete import DiscreteVP
-from dsno_kernels.diffusion.processes import Real, as_float64
+from dsno_kernels.diffusion.preconditioning import Preconditioner
+from dsno_kernels.diffusion.processes import Process, Real, as_float64
 from dsno_kernels.functional import checks
 
 Denoiser = Callable[..., Tensor]
@@ -172,25 +173,37 @@ def from_diffusers(unet: Any, scheduler: Any) -> Denoiser:
     return _DiffusersDenoiser(unet, scheduler)
 
 
-def from_edm(network: Callable[..., Tensor], classes: int | None = None) -> Denoiser:
-    """The denoiser ``D(x, sigma, y=None)`` of a preconditioned network of EDM's code.
+def from_edm(
+    network: Callable[..., Tensor], classes: int | None = None, process: Process | None = None
+) -> Denoiser:
+    """The denoiser ``D(x, sigma, y=None)`` of a network of EDM's or FDM's code.
 
     Args:
         network: ``network(x, sigma, class_labels)`` returns x0; sigma is float32 ``(B,)`` and
-            class_labels one-hot float32 ``(B, classes)``, or None.
+            class_labels one-hot float32 ``(B, classes)``, or None. With a `process` it is the raw
+            network ``F(c_in * x, c_noise, class_labels)`` inside of its preconditioner.
         classes: how many; by default what `network.label_dim` says, 0 without it.
+        process: `EDM`, `VE`, a VP process or `FDM` of one: whose preconditioner is put around F.
 
     Returns:
         The denoiser. Samples with y = -1, or without y, have no class: a row of zeros.
 
-    Source: EDM (arXiv 2206.00364) and its official code.
+    Raises:
+        TypeError: a network that cannot be called; a process without a preconditioner.
+
+    Source: EDM (arXiv 2206.00364), FDM (arXiv 2306.06991) and their official code.
+
+    Example:
+        >>> process = dk.diffusion.FDM(dk.diffusion.EDM(), 2.0)
+        >>> denoiser = dk.diffusion.from_edm(network, process=process)
     """
     if not callable(network):
         raise TypeError(f"network must be callable, got {type(network).__name__}")
     count = int(getattr(network, "label_dim", 0)) if classes is None else classes
+    table = None if process is None else Preconditioner(process)
 
     def denoiser(x: Tensor, sigma: Real, y: Tensor | None = None) -> Tensor:
-        levels = _levels(x, sigma).float().reshape(-1).expand(len(x))
+        levels = _levels(x, sigma).reshape(-1).expand(len(x))
         labels = None
         if count:
             labels = x.new_zeros((len(x), count), dtype=torch.float32)
@@ -200,7 +213,11 @@ def from_edm(network: Callable[..., Tensor], classes: int | None = None) -> Deno
                 labels = F.one_hot(y.long() + 1, count + 1)[:, 1:].to(labels)
         elif y is not None:
             raise ValueError("y was given, but the network has no classes")
-        return network(x, levels, labels).to(x.dtype)
+        if table is None:
+            return network(x, levels.float(), labels).to(x.dtype)
+        c_skip, c_out, c_in, c_noise = table.coefficients(levels)
+        output = network(_per_sample(c_in, x) * x, c_noise.float(), labels).to(x.dtype)
+        return _per_sample(c_skip, x) * x + _per_sample(c_out, x) * output
 
     return denoiser
 

@@ -58,7 +58,10 @@ def oscillator(tau: Real, damping: Real = 1.0) -> Tensor:
     Returns:
         float64, the shape of tau (and damping); differentiable in both, smooth at zeta = 1.
     """
-    tau, zeta = as_float64("tau", tau), as_float64("damping", damping)
+    tau = as_float64("tau", tau)
+    if not isinstance(damping, Tensor) and damping == 1:
+        return torch.exp(-tau) * (1.0 + tau)
+    zeta = as_float64("damping", damping)
     q = (zeta - 1.0) * (zeta + 1.0) * tau.square()
     near, over = q.abs() < 1.0, q >= 1.0
     z = torch.where(near, q, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["diffusers", "dsno"]
+__all__ = ["diffusers", "dsno", "edm"]
 
 
 def __getattr__(name: str) -> ModuleType:

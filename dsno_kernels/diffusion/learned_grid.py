@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsno_kernels._files import write_json
 from dsno_kernels.diffusion.discrete import DiscreteVP
 from dsno_kernels.diffusion.plan import SolverPlan
 from dsno_kernels.diffusion.process_files import described, rebuilt
@@ -160,17 +159,7 @@ class LearnedGrid:
         content["process"] = described(self.process)
         times = torch.tensor(self.times, dtype=torch.float64)
         content |= {"alphas": self.process.alpha(times).tolist(), "sigmas": self.sigmas()}
-        part = Path(f"{path}.{os.getpid()}.part")
-        try:
-            with open(part, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: str | Path, process: Any = None) -> LearnedGrid:

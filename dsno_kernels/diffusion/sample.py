@@ -163,7 +163,7 @@ def last_state(
     progress: bool,
 ) -> Tensor:
     """Run all rows, and report them."""
-    with _bar(plan.evaluations, progress) as advance:
+    with progress_bar(plan.evaluations, progress) as advance:
         for i, base, entry in states:
             if kept is not None:
                 kept.add(i, base)
@@ -300,7 +300,8 @@ def _readable(values: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _bar(rows: int, show: bool) -> Iterator[Callable[[], object]]:
+def progress_bar(rows: int, show: bool) -> Iterator[Callable[[], object]]:
+    """What is called after each row; it moves a bar where one is shown."""
     if not show:
         yield lambda: None
         return

@@ -1,0 +1,112 @@
+"""The data of learning a grid: starts of trajectories, what their ends should be, and arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsno_kernels.diffusion import _grid_losses
+from dsno_kernels.diffusion.plan import SolverPlan
+from dsno_kernels.diffusion.sample import sample
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Samples at the first time with their targets; tensors of B rows among the arguments go with
+    them.
+    """
+
+    x_T: Tensor
+    targets: Tensor
+    kwargs: Mapping[str, Any] | None
+    unconditional: Mapping[str, Any] | None
+    guidance: float | Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.x_T)
+
+    def part(self, rows: slice | Tensor) -> Pairs:
+        def taken(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self):
+                return value[rows]
+            return value
+
+        kwargs, unconditional = (
+            given if given is None else {name: taken(value) for name, value in given.items()}
+            for given in (self.kwargs, self.unconditional)
+        )
+        return Pairs(
+            self.x_T[rows], self.targets[rows], kwargs, unconditional, taken(self.guidance)
+        )
+
+    def parts(self, size: int | None) -> Iterator[tuple[slice, Pairs]]:
+        """Of at most `size` samples each."""
+        for first in range(0, len(self), size or max(len(self), 1)):
+            rows = slice(first, first + (size or len(self)))
+            yield rows, self.part(rows)
+
+    def share(self) -> Pairs:
+        """Those of this process; all of them without a group."""
+        if not dist.is_initialized():
+            return self
+        rows = torch.arange(len(self), device=self.x_T.device)
+        return self.part(rows[dist.get_rank() :: dist.get_world_size()])
+
+
+@dataclass(frozen=True)
+class Student:
+    """A sampler with few steps, and how far its samples are from their targets.
+
+    Args:
+        denoiser, split_guidance: as in `sample`.
+        decode: of samples and of nothing else, before they are compared.
+        distance: one number a sample.
+    """
+
+    denoiser: Callable[..., Tensor]
+    split_guidance: bool
+    decode: Callable[[Tensor], Tensor] | None
+    distance: _grid_losses.Loss
+
+    def samples(self, pairs: Pairs, plan: SolverPlan, recompute: bool = False) -> Tensor:
+        return sample(
+            self.denoiser,
+            pairs.x_T,
+            plan,
+            kwargs=pairs.kwargs,
+            unconditional=pairs.unconditional,
+            guidance=pairs.guidance,
+            split_guidance=self.split_guidance,
+            check_finite=False,  # the loss is looked at
+            recompute=recompute,
+        )
+
+    def losses(self, pairs: Pairs, plan: SolverPlan, recompute: bool = False) -> Tensor:
+        """One a sample, float64."""
+        made = self.samples(pairs, plan, recompute)
+        if self.decode is not None:
+            made = self.decode(made)
+        return _grid_losses.each(self.distance, made, pairs.targets)
+
+    @torch.no_grad()
+    def taught(self, pairs: Pairs, teacher: SolverPlan, batch: int | None) -> Pairs:
+        """The pairs with what the teacher makes of their starts."""
+        made = [self.samples(part, teacher) for _, part in pairs.parts(batch)]
+        decoded = made if self.decode is None else [self.decode(one) for one in made]
+        return replace(pairs, targets=torch.cat(decoded)) if decoded else pairs
+
+
+def summed(values: Tensor) -> Tensor:
+    """Over all processes, the same in each."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def first_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,308 @@
+r"""`learn_time_grid`: the times at which few steps of a solver do what a teacher does with many.
+
+With :math:`\Psi_\xi` the student, its times :math:`\xi` to be learned, and :math:`\Psi_*` the
+teacher, both from the same start,
+
+.. math:: \min_\xi\; E_{x_T}\; \min_{|x_T' - x_T| \le r \sigma_T}
+    d(\Psi_\xi(x_T'),\; \Psi_*(x_T)), \qquad r = 0.001\, \dim / \mathrm{NFE}^2
+
+All steps are differentiable in their coefficients, and those in the times, so the gradient is
+exact, for every solver.
+
+Source: LD3 (arXiv 2405.15506).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsno_kernels.diffusion import _grid_losses
+from dsno_kernels.diffusion._learning_loop import Found, Loop, NonFiniteError, StoppedError
+from dsno_kernels.diffusion._teacher_pairs import Pairs, Student, first_process
+from dsno_kernels.diffusion.grids import check_times, time_grid
+from dsno_kernels.diffusion.learned_grid import LearnedGrid
+from dsno_kernels.diffusion.learning_options import LearningOptions
+from dsno_kernels.diffusion.plan import SolverPlan
+from dsno_kernels.diffusion.processes import integer, outside_inference_mode
+from dsno_kernels.diffusion.sample import progress_bar
+from dsno_kernels.diffusion.time_parameters import TimeParameters
+from dsno_kernels.functional import checks
+
+Denoiser = Callable[..., Tensor]
+# Of the soft objective's ball: r = _BALL d / NFE^2.
+_BALL = 0.001
+_TEACHER_STEPS = 20
+
+
+@outside_inference_mode
+def learn_time_grid(
+    denoiser: Denoiser,
+    process: Any,
+    steps: int,
+    x_T: Tensor,
+    targets: Tensor | SolverPlan | None = None,
+    *,
+    solver: str = "dpmpp_3m",
+    order: int | None = None,
+    history: str | None = None,
+    end: str = "lower_order_final",
+    prediction: str = "x0",
+    grid: Tensor | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    unconditional: Mapping[str, Any] | None = None,
+    guidance: float | Tensor | None = None,
+    split_guidance: bool = False,
+    loss: str | _grid_losses.Loss = "l2",
+    decode: Callable[[Tensor], Tensor] | None = None,
+    options: LearningOptions | None = None,
+    out: str | Path | None = None,
+    callback: Callable[[int, float], object] | None = None,
+    progress: bool = False,
+) -> LearnedGrid:
+    r"""Learn the times of a solver's steps, and of its calls of the model, from a teacher.
+
+    Args:
+        denoiser: as in :func:`sample`; differentiable in x and t. Its weights are not touched.
+        process: the noising process.
+        steps: N, at least 2.
+        x_T: states at the first time, as :func:`sample` takes them, ``(B, ...)``; a hundred are
+            enough (LD3, section 5). In a process group every process gets all of them, and works on
+            its share.
+        targets: what the teacher makes of them, ``(B, ...)``, after `decode` where there is one; or
+            the teacher's plan, which then makes them; by default that of UniPC-3 with 20 steps
+            between the same ends.
+        solver, order, history, end, prediction: as in :meth:`SolverPlan.build`; no solver with
+            noise.
+        grid: the N + 1 times to begin with, whose ends stay; by default equal steps in log-SNR from
+            `process.t_max` to `process.t_min`, or in t where the log-SNR is infinite there.
+        kwargs, unconditional, guidance, split_guidance: as in :func:`sample`.
+        loss: "l2" or "l1", means over a sample; "lpips"; or a function of samples and targets that
+            gives one number a sample, ``(B,)``.
+        decode: of samples, before they are compared; differentiable.
+        options: what is seldom changed.
+        out: a file that always holds the best grid so far, also when learning is interrupted.
+        callback: ``callback(i, loss)`` after the i-th training loss; if it returns True learning
+            ends there.
+        progress: show a bar (needs tqdm).
+
+    Returns:
+        The best grid, by its loss on the share of the data that is not trained on. A loss that
+        becomes NaN or infinite ends learning with a warning.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit; fewer than 2 steps; a solver with noise; a
+        denoiser that is not differentiable in x or in t (says which); a loss that is not finite
+        from the beginning. KeyboardInterrupt: after `out` was written.
+
+    Example:
+        >>> process = dk.diffusion.EDM()
+        >>> model = dk.diffusion.for_process(dk.diffusion.ExactDenoiser(images), process)
+        >>> x_T = 80.0 * torch.randn(100, 1, 8, 8)
+        >>> grid = dk.diffusion.learn_time_grid(model, process, 5, x_T, out="grid.json")
+        >>> samples = dk.diffusion.sample(model, 80.0 * torch.randn(16, 1, 8, 8), grid.plan())
+
+    Source: LD3 (arXiv 2405.15506).
+    """
+    options = LearningOptions() if options is None else options
+    if integer("steps", steps) < 2:
+        raise ValueError(f"steps must be at least 2, got {steps}: the ends of a grid are fixed")
+    checks.real("x_T", x_T)
+    if x_T.ndim < 2 or len(x_T) == 0:
+        raise ValueError(f"x_T must have shape (B, ...), B >= 1, got {tuple(x_T.shape)}")
+
+    def build(times: Tensor, calls: Tensor | None) -> SolverPlan:
+        return SolverPlan.build(
+            process,
+            times,
+            solver,
+            order=order,
+            history=history,
+            end=end,
+            denoiser_times=calls,
+            prediction=prediction,
+        )
+
+    times = _first_grid(process, steps, grid, options.mode)
+    plan = build(times, None)
+    if plan.stochastic():
+        raise ValueError(f"solver {plan.solver!r} adds noise: learn the grid of one without")
+    student = Student(denoiser, split_guidance, decode, _grid_losses.found(loss))
+    wanted = targets if isinstance(targets, Tensor) else x_T
+    _check_pairs(x_T, wanted, decode)
+    pairs = Pairs(x_T.detach(), wanted.detach(), kwargs, unconditional, guidance)
+    options = _differentiable(denoiser, plan, pairs, options)
+    train, validation = (part.share() for part in _divided(pairs, options.validation))
+    if not isinstance(targets, Tensor):
+        teacher = _teacher(process, times, prediction) if targets is None else targets
+        train, validation = (
+            student.taught(part, teacher, options.batch) for part in (train, validation)
+        )
+    parameters = TimeParameters(
+        process,
+        times,
+        build,
+        mode=options.mode,
+        decoupled=options.decoupled,
+        coefficients=options.coefficients,
+        official=options.match_official,
+    )
+    radius = options.radius or _BALL * x_T[0].numel() / plan.evaluations**2
+    loop = Loop(
+        parameters, student, train, validation, options, radius * float(process.sigma(times[0]))
+    )
+    about = {
+        "mode": parameters.mode,
+        "loss": loss if isinstance(loss, str) else getattr(loss, "__name__", repr(loss)),
+        "samples": len(x_T),
+        "guidance": guidance if isinstance(guidance, (int, float)) else None,
+        "options": dataclasses.asdict(options),
+    }
+    results = _Results(loop, about, out)
+    with progress_bar(options.iterations, progress and first_process()) as advance:
+        return results.learned(advance, callback)
+
+
+class _Results:
+    """Grids of a loop, and the file that holds the best one."""
+
+    def __init__(self, loop: Loop, about: dict[str, Any], out: str | Path | None) -> None:
+        self.loop, self.about, self.out = loop, about, out
+        self.initial: float | None = None
+
+    def learned(
+        self, advance: Callable[[], object], callback: Callable[[int, float], object] | None
+    ) -> LearnedGrid:
+        """Run the loop, and return the best grid."""
+        loop, more = self.loop, {}
+
+        def reported(loss: float) -> bool:
+            advance()
+            return callback is not None and callback(len(loop.losses) - 1, loss) is True
+
+        try:
+            with torch.enable_grad():
+                loop.run(reported, self._judged)
+        except NonFiniteError:
+            if self.initial is None:
+                raise ValueError(
+                    "the loss of the first grid is not finite: look at the denoiser and the targets"
+                ) from None
+            more["stopped"] = f"the loss was not finite after {len(loop.losses)} evaluations"
+            warnings.warn(f"{more['stopped']}; the best grid before it is kept", stacklevel=4)
+        except StoppedError:
+            more["stopped"] = f"by the callback after {len(loop.losses)} evaluations"
+        except KeyboardInterrupt:
+            # What was not validated yet is better than nothing.
+            improved = loop.best.loss != self.initial or loop.lowest.loss is None
+            found = loop.best if improved else Found(None, loop.lowest.values)
+            self._save(found, stopped="interrupted")
+            raise
+        best = self.grid(loop.best, **more)
+        self._save(loop.best, **more)
+        return best
+
+    def grid(self, found: Found, **more: Any) -> LearnedGrid:
+        """What these numbers make."""
+        parameters = self.loop.parameters
+        with torch.no_grad(), parameters.at(found.values):
+            plan = parameters.plan()
+            added = parameters.corrections()
+        return LearnedGrid.of_plan(
+            plan,
+            corrections=None if added is None else added.tolist(),
+            loss=found.loss,
+            baselines={} if self.initial is None else {"initial": self.initial},
+            losses=tuple(self.loop.losses),
+            provenance={**self.about, "evaluations": self.loop.evaluations, **more},
+        )
+
+    def _judged(self, loss: float, better: bool) -> None:
+        if self.initial is None:
+            self.initial = loss
+        elif better:
+            self._save(self.loop.best)
+
+    def _save(self, found: Found, **more: Any) -> None:
+        if self.out is not None and first_process():
+            self.grid(found, **more).save(self.out)
+
+
+def _first_grid(process: Any, steps: int, grid: Tensor | None, mode: str) -> Tensor:
+    if grid is not None:
+        times = check_times(process, grid).detach()
+        if len(times) != steps + 1:
+            raise ValueError(f"grid must hold {steps + 1} times, got {len(times)}")
+        return times
+    ends = torch.tensor([process.t_max, process.t_min], dtype=torch.float64)
+    finite = bool(torch.isfinite(process.log_snr(ends)).all())
+    return time_grid(process, steps, "log_snr" if finite and mode != "time" else "uniform")
+
+
+def _teacher(process: Any, times: Tensor, prediction: str) -> SolverPlan:
+    """LD3's: UniPC of order 3 with 20 steps, those of EDM where that is possible."""
+    finite = bool(torch.isfinite(process.log_snr(times[[0, -1]])).all())
+    kind = "karras" if finite else "uniform"
+    first, last = float(times[0]), float(times[-1])
+    grid = time_grid(process, _TEACHER_STEPS, kind, t_start=first, t_end=last)
+    return SolverPlan.build(
+        process, grid, "unipc3_bh1", end="lower_order_final", prediction=prediction
+    )
+
+
+def _check_pairs(x_T: Tensor, wanted: Tensor, decode: object) -> None:
+    checks.real("targets", wanted)
+    if len(wanted) != len(x_T) or (decode is None and wanted.shape != x_T.shape):
+        raise ValueError(
+            f"x_T and targets must be pairs, got shapes {tuple(x_T.shape)} and"
+            f" {tuple(wanted.shape)}"
+        )
+    if wanted.device != x_T.device:
+        raise ValueError(f"targets must be on the device of x_T, {x_T.device}: {wanted.device}")
+
+
+def _divided(pairs: Pairs, validation: float) -> tuple[Pairs, Pairs]:
+    """What is trained on, and what judges: the last ones, or the same."""
+    count = round(validation * len(pairs))
+    if validation and not 0 < count < len(pairs):
+        raise ValueError(
+            f"{len(pairs)} samples cannot be divided so that {validation:.3g} of them validate:"
+            " give more, or validation=0"
+        )
+    if not count:
+        return pairs, pairs
+    return pairs.part(slice(len(pairs) - count)), pairs.part(slice(len(pairs) - count, None))
+
+
+def _differentiable(
+    denoiser: Denoiser, plan: SolverPlan, pairs: Pairs, options: LearningOptions
+) -> LearningOptions:
+    """The options for this denoiser, which is called once, on one sample.
+
+    Raises:
+        ValueError: no gradient reaches x or t, and not `partial`.
+    """
+    one = pairs.part(slice(1))
+    with torch.enable_grad():
+        x = one.x_T.clone().requires_grad_()
+        t = plan.model_times[0].to(x.device, torch.promote_types(x.dtype, torch.float32))
+        t = t.detach().requires_grad_()
+        output = denoiser(x, t, **(one.kwargs or {}))
+        reached: tuple[Tensor | None, ...] = (None, None)
+        if isinstance(output, Tensor) and output.requires_grad:
+            reached = torch.autograd.grad(output.sum(), (x, t), allow_unused=True)
+    missing = [name for name, grad in zip("xt", reached, strict=True) if grad is None]
+    if missing and not options.partial:
+        raise ValueError(
+            f"the denoiser is not differentiable in {' and '.join(missing)}: no gradient comes back"
+            " from its output; give LearningOptions(partial=True) to learn what can be learned"
+        )
+    if "t" in missing:  # a call's time has no effect that could be learned
+        return dataclasses.replace(options, decoupled=False)
+    return options

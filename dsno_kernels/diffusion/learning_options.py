@@ -1,0 +1,82 @@
+"""How a time grid is learned: the options of `learn_time_grid` that are seldom changed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dsno_kernels.diffusion.time_parameters import MODES
+
+OPTIMIZERS = ("lbfgs", "adam")
+
+
+@dataclass(frozen=True)
+class LearningOptions:
+    """Options of :func:`learn_time_grid`.
+
+    Args:
+        mode: what the gaps of the grid are shares of, "log_snr" or "time"; "auto" is the log-SNR
+            where it is finite at both ends.
+        decoupled: learn the times of the model's calls too, beside those of the steps.
+        coefficients: learn corrections of the solver's coefficients too (as S4S and GAS do).
+        soft: between rounds move each start within a ball, where that lowers its loss; LD3's soft
+            objective. Validation data stay where they are.
+        radius: of that ball, in units of sigma at the first time; None is 0.001 d / NFE^2 for
+            samples of d numbers.
+        optimizer: "lbfgs" on all training data at once, or "adam" on batches of them, for networks
+            whose evaluations cost too much for that.
+        iterations: of the optimizer, over all rounds.
+        rounds: after each the grid is validated, and kept if it is the best so far.
+        learning_rate: of Adam at first, falling to 0 like a cosine; None is 0.1. L-BFGS searches
+            its own steps.
+        batch: samples that are computed at a time; None is all of them. With "adam" it is the
+            batch.
+        validation: share of the data that is not trained on, which judges the grid; 0 takes the
+            loss of the training data for that.
+        recompute: keep the states alone for the backward pass and compute the model's insides
+            again, so that memory does not grow with the number of steps; costs one more evaluation
+            a step.
+        partial: learn what can be learned of a denoiser that is not differentiable in x or in t,
+            instead of raising.
+        match_official: LD3's own parametrization, optimizers and schedule, as its code has them;
+            the options from `soft` to `recompute` are then `OfficialOptions`'.
+        seed: of Adam's batches.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    mode: str = "auto"
+    decoupled: bool = True
+    coefficients: bool = False
+    soft: bool = True
+    radius: float | None = None
+    optimizer: str = "lbfgs"
+    iterations: int = 60
+    rounds: int = 4
+    learning_rate: float | None = None
+    batch: int | None = None
+    validation: float = 0.2
+    recompute: bool = False
+    partial: bool = False
+    match_official: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("mode", MODES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}; known are {', '.join(known)}"
+                )
+        for name in ("iterations", "rounds", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("radius", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if not 0.0 <= self.validation < 1.0:
+            raise ValueError(f"validation must be in [0, 1), got {self.validation}")
+        if self.optimizer == "adam" and self.batch is None:
+            raise ValueError("optimizer 'adam' needs a batch: give the samples of one")

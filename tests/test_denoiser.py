@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dsno_kernels.models import DSNO, DSNOConfig, EDMDenoiser
+from dsno_kernels.diffusion import EDM, FDM, VE, FlowMatching, Preconditioner, VPLinear
+from dsno_kernels.models import DSNO, DSNOConfig, EDMDenoiser, ModelFileError, save
 from tests.helpers import FLOAT64, assert_close
 
 TINY = DSNOConfig(
@@ -108,3 +110,35 @@ def test_bad_arguments_are_named() -> None:
         EDMDenoiser(Recorded(), 0)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got function"):
         EDMDenoiser(lambda x: x)  # type: ignore[arg-type]
+
+
+def test_the_process_says_the_preconditioner() -> None:
+    """FDM differs by c_in alone."""
+    x, sigma = torch.randn(2, 1, 2, 2, dtype=torch.float64), torch.tensor([0.1, 9.0]).double()
+    for base in (EDM(sigma_data=0.3), VE(), VPLinear()):
+        seen = []
+        for process in (base, FDM(base)):
+            network = Recorded()
+            out = EDMDenoiser(network, process=process)(x, sigma)
+            c_skip, c_out, c_in, _ = Preconditioner(process).coefficients(
+                sigma[:, None, None, None]
+            )
+            assert_close(out, c_skip * x + c_out * 3.0, FLOAT64)
+            assert_close(network.inputs[0], c_in * x, FLOAT64)
+            raw = EDMDenoiser(network, process=process)(c_in * x, sigma, raw=True)
+            assert_close(raw, torch.full_like(x, 3.0), FLOAT64)
+            assert_close(network.inputs[0], c_in * x, FLOAT64)
+            seen.append(out)
+        assert torch.equal(*seen)
+    with pytest.raises(ValueError, match=r"sigma_data is 0\.7, the process has 0\.3"):
+        EDMDenoiser(network, 0.7, EDM(sigma_data=0.3))
+    with pytest.raises(TypeError, match="a VP, VE or EDM process is required"):
+        EDMDenoiser(network, process=FlowMatching())
+
+
+def test_a_process_that_holds_a_function_has_no_file(tmp_path: Path) -> None:
+    network = DSNO(dataclasses.replace(TINY, time_conv=False))
+    model = EDMDenoiser(network, process=FDM(EDM(), B=lambda t: t))
+    with pytest.raises(ModelFileError, match="a file cannot hold the process FDM"):
+        save(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,14 @@ pytest.importorskip("matplotlib")
 
 import dsno_kernels as dk
 from dsno_kernels import commands
+from dsno_kernels.diffusion import EDM, FDM, VE, Preconditioner, Process, VPLinear
+from dsno_kernels.diffusion.momentum import family
 from dsno_kernels.models import EDMDenoiser
+from dsno_kernels.models.files import read_tensors, write_tensors
 from dsno_kernels.training.images import Images
 from dsno_kernels.training.teacher import P_MEAN, P_STD, TeacherTask
+from dsno_kernels.training.weight_warm_up import WeightWarmUp
+from tests.diffusion_problems import golden
 from tests.helpers import assert_close
 
 # Sums of float32.
@@ -29,16 +35,16 @@ LEARNING = "--steps 80 --warm-up 5 --learning-rate 5e-3"
 QUICK = "--device cpu --batch 8 --channel-mult 1 --embedding 32 --learning-rate 1e-3"
 
 
-class Wrong(nn.Module):
-    """A denoiser that is off by its argument everywhere."""
+class Constant(nn.Module):
+    """A network that returns its parameter everywhere, and keeps what it saw."""
 
-    def __init__(self, off: float) -> None:
+    def __init__(self, value: float = 0.25) -> None:
         super().__init__()
-        self.off = off
+        self.value = nn.Parameter(torch.tensor(value))
 
-    def forward(self, x: Tensor, sigma: Tensor, y: Tensor | None) -> Tensor:
-        self.seen = x, sigma, y
-        return x * 0.0 + self.off
+    def forward(self, x: Tensor, logsnr: Tensor, y: Tensor | None) -> Tensor:
+        self.seen = x, logsnr, y
+        return self.value.expand(len(x), 1, *x.shape[1:])
 
 
 def two_images() -> Images:
@@ -46,40 +52,105 @@ def two_images() -> Images:
     return Images(images, torch.tensor([3, 5]))
 
 
-def test_the_loss_is_that_of_edm() -> None:
-    task = TeacherTask(two_images(), sigma_data=0.5)
-    part = {
-        "index": torch.tensor([0, 1, 1]),
-        "sigma": torch.tensor([0.1, 1.0, 7.0]),
-        "noise_seed": torch.tensor([5, 6, 5]),
-        "told": torch.tensor([True, True, True]),
-    }
-    model = Wrong(0.25)
-    expected = 0.0
-    for error, sigma in zip((0.25, 0.75, 0.75), (0.1, 1.0, 7.0), strict=True):
-        expected += (sigma**2 + 0.25) / (sigma * 0.5) ** 2 * error**2 / 3
-    assert_close(task.loss(model, part), torch.tensor(expected), LOSS)
-    x, sigma, y = model.seen
-    clean = torch.tensor([0.0, 1.0, 1.0])[:, None, None, None]
-    noise = [torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(i)) for i in (5, 6, 5)]
-    assert_close(x, clean + sigma[:, None, None, None] * torch.stack(noise), LOSS)
-    assert y is None
+PART = {
+    "index": torch.tensor([0, 1, 1]),
+    "sigma": torch.tensor([0.1, 1.0, 7.0]),
+    "noise_seed": torch.tensor([5, 6, 5]),
+    "told": torch.tensor([True, True, True]),
+    "update": torch.tensor([3, 3, 3]),
+}
+
+
+def task(process: Process = EDM(), **options: Any) -> TeacherTask:  # noqa: B008
+    return TeacherTask(two_images(), Preconditioner(process, P_MEAN, P_STD), **options)
+
+
+@pytest.mark.parametrize("momentum", [False, True], ids=["base", "momentum"])
+@pytest.mark.parametrize("base", [EDM(), VE(), VPLinear()], ids=["edm", "ve", "vp"])
+def test_the_loss_is_that_of_the_process(base: Process, momentum: bool) -> None:
+    """The weighted error of the denoiser, at noisy images of exactly these seeds."""
+    process = FDM(base) if momentum else base
+    network = Constant()
+    model = EDMDenoiser(network, process=process)
+    loss = task(process).loss(model, PART)
+    loss.backward()
+    clean = torch.tensor([0.0, 1.0, 1.0])[:, None, None, None].expand(3, 1, 2, 2)
+    noise = [dk.noised(torch.zeros(1, 1, 2, 2), 1.0, seeds=[i]) for i in (5, 6, 5)]
+    sigma = PART["sigma"][:, None, None, None]
+    noisy = clean + sigma * torch.cat(noise)
+    seen = network.seen
+    error = model(noisy, PART["sigma"]) - clean
+    sd2 = 0.25
+    weight = (sigma**2 + sd2) / (sigma**2 * sd2) if base == EDM() else sigma**-2
+    expected = (weight * error.square()).mean()
+    assert_close(loss, expected, LOSS)
+    (slope,) = torch.autograd.grad(expected, network.value)
+    assert_close(network.value.grad, slope, LOSS)
+    c_in = {"edm": (sigma**2 + sd2).rsqrt(), "ve": 1.0, "vp": (sigma**2 + 1).rsqrt()}
+    if momentum:
+        c_in = dict.fromkeys(c_in, process.alpha(process.clock(sigma)).float())
+    assert_close(seen[0], c_in[family(base)] * noisy, LOSS)
+    assert_close(seen[1], -2.0 * PART["sigma"].log()[:, None], LOSS)
+    assert seen[2] is None
+
+
+def test_weights_have_a_ceiling_in_their_warm_up() -> None:
+    """It is that of the update, whichever part of the batch, and gone at the end."""
+    model = EDMDenoiser(Constant())
+    sigma = PART["sigma"].double()
+    weight = Preconditioner(EDM()).weight(sigma)
+    free = torch.stack([task().loss(model, {k: v[i : i + 1] for k, v in PART.items()})
+                        for i in range(3)])  # fmt: skip
+    for update, ceiling in [(0, 5.0), (3, 5.0 * 100**0.75), (4, math.inf), (9, math.inf)]:
+        part = PART | {"update": torch.full((3,), update)}
+        found = task(warm_up=WeightWarmUp(4)).loss(model, part)
+        expected = (free * weight.clamp(max=ceiling) / weight).mean()
+        assert_close(found, expected, LOSS)
+
+
+def test_golden_warm_up() -> None:
+    """Of the official loss, whose last call under the ceiling is one of a rounding."""
+    official = golden("fdm.npz")["loss_edm_warm_clamp_cur"]
+    ours = [WeightWarmUp(200).ceiling(i) for i in range(220)]
+    assert_close(torch.tensor(ours[:200], dtype=torch.float64), official[:200], 1e-12)
+    assert ours[200:] == [math.inf] * 20
+    assert [WeightWarmUp(0).ceiling(i) for i in (0, 1)] == [math.inf] * 2
+    with pytest.raises(ValueError, match="updates must be at least 0, got -1"):
+        WeightWarmUp(-1)
+    with pytest.raises(ValueError, match="0 < first < last is required"):
+        WeightWarmUp(5, first=500.0, last=5.0)
+
+
+def test_batches_do_not_depend_on_the_momentum() -> None:
+    """Also their noise levels."""
+    for base in (EDM(), VE(), VPLinear()):
+        drawn = [
+            task(process).draw(torch.Generator().manual_seed(7), 8)
+            for process in (base, FDM(base), FDM(base, 2.0))
+        ]
+        for other in drawn[1:]:
+            assert all(torch.equal(drawn[0][name], other[name]) for name in drawn[0])
+    seeds = [task(p).draw(torch.Generator().manual_seed(7), 8) for p in (EDM(), VE())]
+    assert torch.equal(seeds[0]["noise_seed"], seeds[1]["noise_seed"])
+    assert torch.equal(seeds[0]["index"], seeds[1]["index"])
 
 
 def test_a_conditional_task_tells_the_class_of_the_image() -> None:
-    task, model = TeacherTask(two_images(), 0.5, conditional=True), Wrong(0.0)
-    part = task.draw(torch.Generator().manual_seed(0), 16)
-    task.loss(model, part)
-    assert model.seen[2].tolist() == [[3, 5][i] for i in part["index"].tolist()]
+    network = Constant()
+    model = EDMDenoiser(network)
+    conditional = task(conditional=True)
+    part = conditional.draw(torch.Generator().manual_seed(0), 16) | {"update": torch.zeros(16)}
+    conditional.loss(model, part)
+    assert network.seen[2].tolist() == [[3, 5][i] for i in part["index"].tolist()]
     assert set(part["index"].tolist()) == {0, 1}
-    task = TeacherTask(two_images(), 0.5, conditional=True, drop_classes=0.25)
-    task.loss(model, task.draw(torch.Generator().manual_seed(0), 400))
-    assert 70 <= model.seen[2].eq(-1).sum() <= 130
+    dropping = task(conditional=True, drop_classes=0.25)
+    part = dropping.draw(torch.Generator().manual_seed(0), 400) | {"update": torch.zeros(400)}
+    dropping.loss(model, part)
+    assert 70 <= network.seen[2].eq(-1).sum() <= 130
 
 
 def test_noise_levels_are_log_normal() -> None:
-    task = TeacherTask(two_images(), 0.5)
-    drawn = [task.draw(torch.Generator().manual_seed(i), 512) for i in range(4)]
+    drawn = [task().draw(torch.Generator().manual_seed(i), 512) for i in range(4)]
     level = torch.cat([part["sigma"] for part in drawn]).log().double()
     # Evenly spread quantiles: their mean and deviation are those of the distribution to 1 / 512.
     assert level.mean().item() == pytest.approx(P_MEAN, abs=0.02)
@@ -160,6 +231,12 @@ def test_the_command_continues_and_refuses_other_data(
         ("--drop-classes 1", "--drop-classes must be in [0, 1), got 1.0"),
         ("--drop-classes 0.5", "--drop-classes needs classes; give --conditional"),
         ("--p-std 0", "--p-std must be positive, got 0.0"),
+        ("--multiplier 2", "--multiplier is of --momentum; give both, or none"),
+        ("--momentum --multiplier 0", "--multiplier must be positive, got 0.0"),
+        ("--momentum --multiplier 900", "--multiplier 900.0: the mean must be positive"),
+        ("--warm-up-loss -1", "--warm-up-loss must be at least 0, got -1"),
+        ("--process vp --p-mean 1", "are of --process edm; vp has no use for them"),
+        ("--process ve --sigma-data 1", "are of --process edm; ve has no use for them"),
         ("--size 8", "--size 8 resizes a folder of images"),
         ("--warm-up -1", "--warm-up must be at least 0, got -1"),
     ],
@@ -205,3 +282,80 @@ def test_images_that_are_all_the_same(
     np.savez(data, images=np.zeros((3, 4, 4), np.uint8))
     assert train(data, tmp_path / "out") == 2
     assert "give --sigma-data" in capsys.readouterr().err
+
+
+def run_to(data: Path, out: Path, more: str, stops: tuple[int, ...]) -> dict[str, Tensor]:
+    for steps in stops:
+        assert train(data, out, f"--decay constant {more} --steps {steps}") == 0
+    return read_tensors(out / "checkpoint.safetensors")[0]
+
+
+@pytest.mark.parametrize("process", ["edm", "vp", "ve"])
+def test_a_momentum_run_continues_to_the_bit_within_its_warm_up(
+    process: str, data: Path, tmp_path: Path
+) -> None:
+    more = f"--process {process} --momentum --warm-up-loss 4"
+    stopped = run_to(data, tmp_path / "stopped", more, (2, 5))
+    whole = run_to(data, tmp_path / "whole", more, (5,))
+    assert all(torch.equal(value, whole[name]) for name, value in stopped.items())
+    rows = [(tmp_path / name / "loss.csv").read_text() for name in ("stopped", "whole")]
+    assert rows[0] == rows[1]
+
+
+def test_the_file_names_its_process(data: Path, tmp_path: Path) -> None:
+    """And the denoiser that is loaded is that of the process; a default file is as it was."""
+    x, sigma = torch.randn(2, 1, 4, 4), torch.tensor([0.5, 9.0])
+    processes = {}
+    for more in ("", "--momentum", "--process vp", "--process ve --momentum --multiplier 1.5"):
+        out = tmp_path / f"out{len(processes)}"
+        assert train(data, out, f"--steps 2 {more}") == 0
+        path = out / "teacher.safetensors"
+        assert ("process" in dk.models.read_metadata(path)) == bool(more)
+        loaded = dk.models.load(path, kind="edm_denoiser")
+        processes[more] = loaded.process
+        table = Preconditioner(loaded.process).coefficients(sigma.double())
+        c_skip, c_out, c_in = (value[:, None, None, None].float() for value in table[:3])
+        output = loaded.network(c_in * x, -2 * sigma.log()[:, None], None)[:, 0]
+        assert_close(loaded(x, sigma), c_skip * x + c_out * output, LOSS)
+    data_deviation = processes[""].sigma_data
+    assert processes[""] == EDM(sigma_data=data_deviation)
+    assert processes["--momentum"] == FDM(EDM(sigma_data=data_deviation), 2.0)
+    assert processes["--process vp"] == VPLinear(t_min=1e-5)
+    assert processes["--process ve --momentum --multiplier 1.5"] == FDM(VE(), 1.5)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "match"),
+    [
+        ("", "--momentum", "momentum was None, now it is 2.0"),
+        ("--momentum", "", "momentum was 2.0, now it is None"),
+        ("--process ve", "--process vp", "process was 've', now it is 'vp'"),
+        ("--process ve", "", "process was 've', now it is None"),
+        ("", "--warm-up-loss 9", "warm_up_loss was None, now it is 9"),
+    ],
+    ids=["on", "off", "process", "default", "no warm-up in the checkpoint"],
+)
+def test_a_checkpoint_of_another_process_is_refused(
+    before: str,
+    now: str,
+    match: str,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train(data, tmp_path, f"--decay constant --steps 1 {before}") == 0
+    assert train(data, tmp_path, f"--decay constant --steps 2 {now}") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert match in error and "give the options of that run" in error
+
+
+def test_a_checkpoint_from_before_processes_continues(data: Path, tmp_path: Path) -> None:
+    """It does not name them; with the default process it is the same run."""
+    assert train(data, tmp_path, "--decay constant --steps 1") == 0
+    path = tmp_path / "checkpoint.safetensors"
+    tensors, metadata = read_tensors(path)
+    identity = json.loads(metadata["identity"])
+    for name in ("process", "momentum", "warm_up_loss"):
+        assert identity.pop(name) is None
+    write_tensors(path, tensors, {**metadata, "identity": identity})
+    assert train(data, tmp_path, "--decay constant --steps 2") == 0

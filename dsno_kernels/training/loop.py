@@ -46,7 +46,7 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, part: dict[str, Tensor]) -> Tensor:
         """The mean loss of some of these samples; it calls the model and touches nothing else of
-        it.
+        it. ``part["update"]`` holds the number of updates done before, for each sample.
         """
 
 
@@ -182,6 +182,7 @@ def update(called: nn.Module, state: State, task: Task, options: Options, step: 
     device = next(state.model.parameters()).device
     seeds = np.random.SeedSequence((options.seed, step)).generate_state(2)
     batch = task.draw(torch.Generator().manual_seed(int(seeds[0])), options.batch)
+    batch["update"] = torch.full((options.batch,), step)
     torch.manual_seed(int(seeds[1]) + distributed.rank())  # dropout
     bf16 = options.precision == "bf16"
     total = torch.zeros((), device=device)

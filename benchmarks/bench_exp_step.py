@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import dsno_kernels as dk
-from benchmarks import measure
+from benchmarks import measure, traffic
 from benchmarks.host_cuda import dry_run, on_gpu
 from dsno_kernels.diffusion import CapturedSampler, SolverPlan, VPLinear, time_grid
 from tests.helpers import BUDGETS, rel_rms
@@ -137,13 +137,14 @@ def test_exp_step(
         error = check(inputs, guided)
         call = functools.partial(ours, *inputs, guided)
         baseline = peer_call(peer, inputs, guided, smoke)
+        # Of one kernel: x, m, two of history, with guidance u; x'.
+        compiled = {"read": 4.0 + guided, "written": 1.0} if peer == "torch.compile" else None
+        moves = traffic.beside(call, baseline, inputs[0], device, compiled)
         if smoke:
-            baseline()
             benchmark.pedantic(call)
             return
         timing = measure.time_beside(benchmark, call, baseline, device)
-        tensors = 7 if guided else 5  # x, m, two of history, x'; guided also u and h_0
-        rate = tensors * inputs[0].numel() * 4 / timing["seconds"]
+        rate = moves["bytes"] / timing["seconds"]
         benchmark.extra_info.update(
             op="exp_step",
             shape=list(shape),
@@ -154,6 +155,7 @@ def test_exp_step(
             gbytes=rate / 1e9,
             share_of_copy=rate / measure.copy_rate(device),
             malloc={name: os.environ.get(name, "default") for name in MALLOC},
+            **moves,
             **timing,
         )
 

@@ -57,6 +57,27 @@ def test_a_row_of_steps_says_which_aims_are_met() -> None:
     ]
 
 
+def test_a_missed_aim_stands_beside_its_limit() -> None:
+    moved = {
+        "copy_seconds": 2e-3,
+        "traffic": {"read": 4.0, "written": 1.0},
+        "peer_traffic": {"read": 19.0, "written": 14.0},
+    }
+    lines = rendered(
+        "exp_step",
+        "cpu",
+        entry("exp_step", "diffusers DEIS-3", 9.0, **moved),
+        entry("exp_step", "diffusers DPM++3M", 9.0, **moved),
+        entry("exp_step", "eager", 3.0),
+    )
+    assert lines[4].endswith("| 9.0x of 4.5x, **missed** | 9.0x, met | 3.0x |")
+    assert lines[6:9] == [
+        "| tensors moved, ours : theirs | DEIS-3 | DPM++3M |",
+        "| --- | --- | --- |",
+        "| plain | 5 : 33 | 5 : 33 |",
+    ]
+
+
 def test_host_time_of_a_step_beside_its_aim() -> None:
     entries = [
         entry("exp_step_overhead", "eager", 2.0, seconds=24e-6, baseline_seconds=48e-6),

@@ -108,6 +108,37 @@ def test_values(isa: str, case: str, K: int) -> None:  # noqa: F811
                 assert_close(actual, expected, 4 * STEP)
 
 
+@pytest.mark.parametrize("shape", [(3, 350003), (4, 262160)], ids=["odd", "whole vectors"])
+@pytest.mark.parametrize("batch", [False, True], ids=["one row", "rows"])
+def test_large_results_are_streamed_right(isa: str, shape: tuple[int, int], batch: bool) -> None:  # noqa: F811
+    point, output, base, entry = torch.randn(4, *shape).unbind(0)  # past the size of streaming
+    assert point.numel() * 4 > 4 << 20
+    row = row_of(2, shape[0] if batch else None)
+    row[..., 5] = 0
+    options: dict[str, Any] = {"base": base, "looks_ahead": True}
+    exact = formula(
+        *(x[..., None, None] for x in (point, output)),
+        row,
+        [entry[..., None, None]],
+        base=base[..., None, None],
+        looks_ahead=True,
+    )
+    for inplace in (False, True):
+        step = dk.solver_step(
+            point,
+            output,
+            row,
+            [entry],
+            input_dtype=torch.float32,
+            inplace=inplace,
+            backend="cpu",
+            **options,
+        )
+        for actual, expected in zip(step, exact, strict=True):
+            assert actual is not None
+            assert_close(actual, expected[..., 0, 0], STEP)
+
+
 @pytest.mark.parametrize("backend", STEP_BACKENDS)
 def test_dtypes_of_results(backend: str) -> None:
     point, output, history = inputs(2)

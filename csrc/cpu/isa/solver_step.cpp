@@ -14,8 +14,15 @@ constexpr int kValues = kHistory + kMaxOrder;  // kHistory is h_0
 struct SolverStep {
     const SolverStepArgs& args;
     Chunks chunks;
+    bool streams_base, streams_point, streams_entry, streams_input;
 
-    explicit SolverStep(const SolverStepArgs& a) : args(a), chunks(a.size) {}
+    explicit SolverStep(const SolverStepArgs& a)
+        : args(a),
+          chunks(a.size),
+          streams_base(can_stream(a.new_base, a.samples, a.size)),
+          streams_point(can_stream(a.new_point, a.samples, a.size)),
+          streams_entry(can_stream(a.entry, a.samples, a.size)),
+          streams_input(can_stream(a.model_input, a.samples, a.size)) {}
 
     static void task(void* context, int64_t task, int) {
         const auto& self = *static_cast<const SolverStep*>(context);
@@ -86,13 +93,16 @@ struct SolverStep {
             }
             if (a.model_input.data) {
                 input.sum(values, count, narrow);
-                write_block(a.model_input, at, count, narrow);
+                write_block(a.model_input, at, count, narrow, self.streams_input);
             }
             // The entry first: it may be the model's output itself, where base' is to be written.
-            if (a.entry.data) write_block(a.entry, at, count, values[kHistory]);
-            if (a.new_base.data) write_block(a.new_base, at, count, buffers[kBase]);
-            if (a.new_point.data) write_block(a.new_point, at, count, values[kBase]);
+            if (a.entry.data) write_block(a.entry, at, count, values[kHistory], self.streams_entry);
+            if (a.new_base.data)
+                write_block(a.new_base, at, count, buffers[kBase], self.streams_base);
+            if (a.new_point.data)
+                write_block(a.new_point, at, count, values[kBase], self.streams_point);
         }
+        fence_streams();
     }
 
     static bool has(const Terms& terms, int id) {

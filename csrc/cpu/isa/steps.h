@@ -62,13 +62,6 @@ static void narrow_block(const float* from, int64_t count, char* to) {
     }
 }
 
-static inline void write_block(const Dense& x, int64_t start, int64_t count, const float* from) {
-    char* to = step_element(x, start);
-    if (x.dtype == kFloat32) return narrow_block<kFloat32>(from, count, to);
-    if (x.dtype == kFloat16) return narrow_block<kFloat16>(from, count, to);
-    narrow_block<kBFloat16>(from, count, to);
-}
-
 template <int N>
 DSNO_INLINE Vec sum_vec(const Vec (&c)[N < 1 ? 1 : N], const Vec (&x)[N < 1 ? 1 : N]) {
     Vec sum = N ? c[0] * x[0] : zero();
@@ -109,6 +102,17 @@ static void sum_block(const float* const* terms, const float* coefficients, int6
         }
         store_some(reinterpret_cast<char*>(out + i), kFloat32, sum_vec<N>(c, x), rest);
     }
+}
+
+// `streams` as in `can_stream`: past the caches.
+static inline void write_block(const Dense& x, int64_t start, int64_t count, const float* from,
+                               bool streams = false) {
+    char* to = step_element(x, start);
+    if (x.dtype == kFloat16) return narrow_block<kFloat16>(from, count, to);
+    if (x.dtype == kBFloat16) return narrow_block<kBFloat16>(from, count, to);
+    if (!streams) return narrow_block<kFloat32>(from, count, to);
+    const float one = 1.0f;
+    sum_block<1>(&from, &one, count, reinterpret_cast<float*>(to), true);
 }
 
 using SumBlock = void (*)(const float* const*, const float*, int64_t, float*, bool);

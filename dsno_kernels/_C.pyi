@@ -115,3 +115,23 @@ def cpu_solver_step(
 def cpu_abs_rank(
     samples: int, size: int, rank: int, x: tuple[int, ...], indices: int, threads: int, /
 ) -> None: ...
+def cpu_noised(
+    samples: int,
+    size: int,
+    tensors: tuple[int, ...],
+    seeds: int,
+    coefficients: tuple[float | tuple[int, int, int], ...],
+    threads: int,
+    /,
+) -> None: ...
+def cpu_denoising_loss(
+    samples: int,
+    size: int,
+    tensors: tuple[int, ...],
+    seeds: int,
+    coefficients: tuple[float | tuple[int, int, int], ...],
+    ceiling: float,
+    loss: int,
+    threads: int,
+    /,
+) -> None: ...

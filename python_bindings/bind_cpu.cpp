@@ -1,10 +1,10 @@
 // CPU kernels. A tensor is a tuple (address, dtype, stride_b, stride_t, stride_c, stride_p);
 // address 0 stands for none.
-#include <new>
 #include <string>
 
 #include "../csrc/cpu/dispatch.h"
 #include "../csrc/cpu/tables.h"
+#include "arguments.h"
 #include "bindings.h"
 
 namespace py = pybind11;
@@ -12,14 +12,7 @@ namespace py = pybind11;
 namespace {
 
 // Raised with every change of the signatures below; dsno_kernels/backends/cpu.py expects it.
-constexpr int kApi = 2;
-
-int64_t integer(const py::tuple& values, size_t i) { return py::cast<int64_t>(values[i]); }
-
-template <class T>
-T* pointer(int64_t address) {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
+constexpr int kApi = 3;
 
 View view(const py::tuple& t) {
     return {pointer<char>(integer(t, 0)),
@@ -28,10 +21,6 @@ View view(const py::tuple& t) {
             integer(t, 3),
             integer(t, 4),
             integer(t, 5)};
-}
-
-void check_memory(bool done) {
-    if (!done) throw std::bad_alloc();
 }
 
 // sizes: B, P, I, O, T, n, K.  weight: address, stride_i, stride_o, stride_k, stride_part.
@@ -158,6 +147,7 @@ void bind_cpu(py::module_& m) {
     m.def("cpu_truncated_rfft", &truncated_rfft);
     m.def("cpu_truncated_irfft", &truncated_irfft);
     bind_cpu_steps(m);
+    bind_cpu_denoising(m);
     m.def("cpu_isas", &isas, "Instruction sets that can run on this machine, best last.");
     m.def(
         "cpu_isa", [] { return std::string(active_kernels().name); },

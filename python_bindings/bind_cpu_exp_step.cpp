@@ -2,25 +2,13 @@
 // address 0 stands for none. Rows of coefficients are (address, dtype, stride_row, stride_column,
 // index address, stride_index), or one row of numbers.
 #ifdef DSNO_KERNELS_CPU
-#include <new>
-
 #include "../csrc/cpu/dispatch.h"
+#include "arguments.h"
 #include "bindings.h"
 
 namespace py = pybind11;
 
 namespace {
-
-int64_t integer(const py::tuple& values, size_t i) { return py::cast<int64_t>(values[i]); }
-
-template <class T>
-T* pointer(int64_t address) {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
-
-Dense dense(const py::tuple& tensors, size_t i) {
-    return {pointer<char>(integer(tensors, 2 * i)), static_cast<int>(integer(tensors, 2 * i + 1))};
-}
 
 void fill(Dense* out, const py::tuple& tensors) {
     for (size_t i = 0; i < tensors.size() / 2; ++i) out[i] = dense(tensors, i);
@@ -38,10 +26,6 @@ Coefficients rows(const py::tuple& where, const py::tuple& row, double* numbers)
             integer(where, 3),
             pointer<const int64_t>(integer(where, 4)),
             integer(where, 5)};
-}
-
-void check_memory(bool done) {
-    if (!done) throw std::bad_alloc();
 }
 
 void exp_step(int64_t samples, int64_t size, const py::tuple& terms, const py::tuple& out,

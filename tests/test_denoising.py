@@ -16,12 +16,12 @@ from torch import Tensor
 
 import dsno_kernels as dk
 from dsno_kernels import backends
-from dsno_kernels.backends import reference, reference_steps
+from dsno_kernels.backends import cpu, reference_steps
 from tests.helpers import FLOAT64, IO_BUDGET, assert_close
 from tests.strategies import tensor
-from tests.test_exp_step import STEP
+from tests.test_exp_step import STEP, isa  # noqa: F401
 
-BACKENDS = ("reference",)
+BACKENDS = ("cpu", "reference")
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 SHAPE = (3, 2, 5, 7)
 SEEDS = [5, -(2**63), 2**62 + 11]
@@ -150,6 +150,36 @@ def test_edm(dtype: torch.dtype, given: str, backend: str) -> None:
     assert ((loss.double() / exact - 1).abs() <= (FLOAT64 if dtype == F64 else STEP)).all()
     bounded = dk.denoising_loss(output, x, sigma, **c, ceiling=5.0, **options)
     assert_close(bounded, exact * c["weight"].clamp(max=5) / c["weight"], STEP)
+
+
+@pytest.mark.parametrize("given", ["noise", "seeds"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_every_instruction_set(isa: str, dtype: torch.dtype, given: str) -> None:  # noqa: F811
+    test_edm(dtype, given, "cpu")
+    for size in (17, 1031, 8205):
+        x, output, noise = (torch.randn(2, size).to(dtype) for _ in range(3))
+        options: dict[str, Any] = {"noise": noise} if given == "noise" else {"seeds": [1, 2]}
+        noise = noise if given == "noise" else definition([1, 2], (2, size))
+        output.requires_grad_()
+        loss = dk.denoising_loss(output, x, 0.3, 0.9, 0.8, 2.0, **options, backend="cpu")
+        exact = output.detach().double().requires_grad_()
+        right = loss_formula(exact, x, 0.3, 0.9, 0.8, 2.0, noise)
+        assert_close(loss, right, STEP)
+        (grad,) = torch.autograd.grad(loss.mean(), output)
+        (expected,) = torch.autograd.grad(right.mean(), exact)
+        assert_close(grad, expected, STEP if dtype == F32 else IO_BUDGET)
+
+
+def test_large_results_are_streamed_right(isa: str) -> None:  # noqa: F811
+    """Past the size from which they are written around the caches."""
+    x, output, noise = torch.randn(3, 2, 3, 512, 512).unbind(0)
+    assert 4 * x.numel() > 4 << 20
+    output.requires_grad_()
+    y = dk.noised(x, 1.5, 0.5, noise=noise, backend="cpu")
+    assert_close(y, noised_formula(x, 1.5, 0.5, noise), STEP)
+    loss = dk.denoising_loss(output, x, 1.5, 1.0, -1.5, 1.0, noise=noise, backend="cpu")
+    (grad,) = torch.autograd.grad(loss.mean(), output)
+    assert_close(grad, (-1.5 * 2 / x.numel()) * (1.5 * (noise - output)).double(), STEP)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -338,14 +368,14 @@ def test_refusals(kind: type[Exception], message: str, call: Callable[[], Any]) 
 
 def plant(monkeypatch: pytest.MonkeyPatch, **change: Callable[[Any], Any]) -> None:
     """A defect: an argument of the backend's function changed on the way."""
-    run = reference.denoising_loss
+    run = cpu.denoising_loss
 
     def defect(output: Tensor, images: Tensor, **options: Any) -> Any:
         for name, function in change.items():
             options[name] = function(options[name])
         return run(output, images, **options)
 
-    monkeypatch.setattr(reference, "denoising_loss", defect)
+    monkeypatch.setattr(cpu, "denoising_loss", defect)
 
 
 @pytest.mark.parametrize(
@@ -360,12 +390,13 @@ def plant(monkeypatch: pytest.MonkeyPatch, **change: Callable[[Any], Any]) -> No
 def test_a_planted_defect_is_noticed(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, Callable[[Any], Any]]
 ) -> None:
-    test_edm(F32, "noise", "reference")
+    test_edm(F32, "noise", "cpu")
     plant(monkeypatch, **change)
     with pytest.raises(AssertionError):
-        test_edm(F32, "noise", "reference")
+        test_edm(F32, "noise", "cpu")
 
 
 def test_explain_says_which_backend_runs() -> None:
-    assert "reference" in dk.explain("denoising_loss", X, X, 1, 1, 1, 1, noise=N)
+    assert "float32" in dk.explain("denoising_loss", X, X, 1, 1, 1, 1, noise=N)
+    assert backends.unsupported("cpu", backends.Request("noised", X.device, F32)) is None
     assert backends.unsupported("triton", backends.Request("noised", X.device, F32)) is not None

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "denoising.h"
 #include "steps.h"
 
 struct Analysis;
@@ -83,4 +84,6 @@ struct Kernels {
     bool (*exp_step_backward)(const ExpStepBackwardArgs&);
     bool (*solver_step)(const SolverStepArgs&);
     bool (*abs_rank)(const AbsRankArgs&);
+    bool (*noised)(const NoisedArgs&);
+    bool (*denoising_loss)(const DenoisingLossArgs&);
 };

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dsno_kernels import _layout
 from dsno_kernels.backends import Request
+from dsno_kernels.backends.cpu_denoising import denoising_loss as denoising_loss
+from dsno_kernels.backends.cpu_denoising import noised as noised
 from dsno_kernels.backends.cpu_steps import abs_rank as abs_rank
 from dsno_kernels.backends.cpu_steps import exp_step as exp_step
 from dsno_kernels.backends.cpu_steps import exp_step_backward as exp_step_backward
@@ -27,7 +29,7 @@ except ImportError as error:  # a checkout that was never built
     _C = None  # type: ignore[assignment]
     _import_error = str(error)
 
-_API = 2  # cpu_api of the extension that this file calls
+_API = 3  # cpu_api of the extension that this file calls
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PRECISIONS = {"fp32": 0, "bf16x3": 1, "tf32": 2, "bf16": 3}
 _NONE = (0, 0, 0, 0, 0, 0)

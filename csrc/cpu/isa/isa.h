@@ -13,6 +13,8 @@ bool exp_step(const ExpStepArgs& args);
 bool exp_step_backward(const ExpStepBackwardArgs& args);
 bool solver_step(const SolverStepArgs& args);
 bool abs_rank(const AbsRankArgs& args);
+bool noised(const NoisedArgs& args);
+bool denoising_loss(const DenoisingLossArgs& args);
 
 // Long signals that lie contiguous in memory have kernels of their own.
 bool rows_path_serves(const ConvArgs& args);

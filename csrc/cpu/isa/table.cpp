@@ -7,8 +7,16 @@
 namespace DSNO_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {DSNO_STRING(DSNO_ISA), spectral_conv,   spectral_conv_weight_grad,
-                         truncated_rfft,        truncated_irfft, exp_step,
-                         exp_step_backward,     solver_step,     abs_rank};
+const Kernels kernels = {DSNO_STRING(DSNO_ISA),
+                         spectral_conv,
+                         spectral_conv_weight_grad,
+                         truncated_rfft,
+                         truncated_irfft,
+                         exp_step,
+                         exp_step_backward,
+                         solver_step,
+                         abs_rank,
+                         noised,
+                         denoising_loss};
 
 }  // namespace DSNO_ISA

@@ -20,7 +20,7 @@ help:
 	@echo "make demo    train a small DSNO on real digits, compare layers, write demo_output/"
 	@echo "make test    linters, type check and the tests"
 	@echo "make bench   benchmarks on this machine, in at most $(MINUTES) minutes, and the tables of README.md"
-	@echo "make digits  teacher, trajectories, student and evaluation on real digits, from nothing, in half an hour"
+	@echo "make digits  teacher, trajectories, student and evaluation on real digits, from nothing, in about 40 minutes"
 	@echo "make fuzz    10,000 random cases against the reference"
 	@echo "make gpu     build, tests and benchmarks that need a GPU, in 9 minutes; GPU_OPTIONS=--help lists its options"
 	@echo "make lint    linters and type check alone;  make format: rewrite the files in style"

@@ -1,10 +1,11 @@
 """The digits result from nothing: teacher, trajectories, student, ablation, evaluation.
 
-    python benchmarks/digits.py            # about half an hour on two CPU cores (`make digits`)
+    python benchmarks/digits.py            # about 40 minutes on two CPU cores (`make digits`)
     python benchmarks/digits.py --smoke    # a few updates of each, to see that all of it runs
 
 Runs the commands of README one after the other and writes `digits-<machine>.json` into the folder
-of results: the numbers of `evaluate`, and the seconds that each command took. A run that was
+of results: the numbers of `evaluate`, the seconds that each command took, and the errors of student
+and ablation on trajectories that neither has seen. A run that was
 stopped continues when it is started again, and the seconds of both are added.
 """
 
@@ -23,13 +24,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the script runs from a checkout, installed or not
 
-from benchmarks import journal, machine  # noqa: E402
+from benchmarks import digits_held_out, journal, machine  # noqa: E402
 
 TEACHER = "digits/teacher/teacher.safetensors"
 STUDENT = "digits/student/dsno.safetensors"
 ABLATION = "digits/ablation/dsno.safetensors"
 TABLE = "digits/table.json"
 SECONDS = "digits/seconds.json"
+STATES = "digits/states.json"
 LEARN = (
     f"train dsno --trajectories digits/trajectories --teacher {TEACHER} --steps 2000 --batch 64"
     " --learning-rate 2e-3 --warm-up 100 --ema-decay 0.99 --weight-limit 10 --save-dtype float16"
@@ -86,6 +88,9 @@ def write_result(folder: Path, results: Path) -> Path:
     ]
     paired = {"op": "digits_paired", "differences": measured["student_minus_ablation"]}
     entries.append({"name": "digits_paired", "group": "digits", "extra_info": paired})
+    states = json.loads((folder / STATES).read_text())
+    info = {"op": "digits_states"} | states
+    entries.append({"name": "digits_states", "group": "digits", "extra_info": info})
     path = results / f"digits-{machine.slug(device)}.json"
     journal.write(path, machine.describe(device), entries)
     return path
@@ -106,9 +111,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name in COMMANDS:
             run(name, options.folder, options.smoke)
+        states = digits_held_out.measure(
+            options.folder,
+            TEACHER,
+            {"student": STUDENT, "ablation": ABLATION},
+            64 if options.smoke else digits_held_out.COUNT,
+        )
     except subprocess.CalledProcessError as error:
         print(f"digits: stopped; the command above ended with {error.returncode}", file=sys.stderr)
         return 2
+    (options.folder / STATES).write_text(json.dumps(states))
     path = write_result(options.folder, options.results)
     print(f"\ndigits: wrote {path}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from benchmarks import digits
 from benchmarks.report_data import Result, caption, table
@@ -36,6 +37,7 @@ def distances(results: list[Result]) -> str:
         ]
         for paired in result.select(op="digits_paired"):
             parts.append(against(paired["differences"]))
+        parts += [by_state(measured) for measured in result.select(op="digits_states")]
     return "\n\n".join(parts)
 
 
@@ -73,4 +75,25 @@ def against(differences: list[float]) -> str:
     return (
         "Distance with temporal layers minus without, from the same noise, draw by draw:"
         f" {shown}; mean {mean:+.3f}: {verdict}."
+    )
+
+
+def by_state(measured: dict[str, Any]) -> str:
+    """Student and ablation on unseen trajectories, a row a state."""
+    first, second = measured["errors"]
+    rows = [
+        (f"{logsnr:.1f}", f"{a:.4f}", f"{b:.4f}", f"{d:+.4f} ± {e:.4f}", f"{d / b:+.1%}")
+        for logsnr, a, b, d, e in zip(
+            measured["logsnr"],
+            measured["errors"][first],
+            measured["errors"][second],
+            measured["difference"],
+            measured["standard_error"],
+            strict=True,
+        )
+    ]
+    head = ("log-SNR of the state", first, second, "difference, standard error", "relative")
+    return (
+        f"Mean absolute error on {measured['count']:,} trajectories of the teacher that neither has"
+        f" seen; the last state is the image:\n\n{table(head, rows)}"
     )

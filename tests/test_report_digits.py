@@ -43,6 +43,14 @@ def results(tmp_path: Path) -> Path:
     }
     (tmp_path / digits.TABLE).write_text(json.dumps(table))
     (tmp_path / digits.SECONDS).write_text(json.dumps(dict.fromkeys(digits.COMMANDS, 60.0)))
+    states = {
+        "logsnr": [-1.75, 10.0],
+        "count": 3000,
+        "errors": {"student": [0.0312, 0.05], "ablation": [0.0625, 0.04]},
+        "difference": [-0.0313, 0.01],
+        "standard_error": [0.001, 0.002],
+    }
+    (tmp_path / digits.STATES).write_text(json.dumps(states))
     folder = tmp_path / "results"
     folder.mkdir()
     path = digits.write_result(tmp_path, folder)
@@ -56,6 +64,9 @@ def test_the_table_shows_what_was_measured(results: Path) -> None:
     assert "| real |  | 1.00 ± 0.25 | 1.000 ± 0.250 | 0.500 |  |" in text
     assert "1,797 real images, 6,000 of each model, 2 draws" in text
     assert "evaluation 1.0; in all 5." in text
+    assert "| -1.8 | 0.0312 | 0.0625 | -0.0313 ± 0.0010 | -50.1% |" in text
+    assert "| 10.0 | 0.0500 | 0.0400 | +0.0100 ± 0.0020 | +25.0% |" in text
+    assert "on 3,000 trajectories" in text
     assert "-0.125, -0.250; mean -0.188: the temporal layers win every draw" in text
 
 

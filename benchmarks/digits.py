@@ -5,8 +5,8 @@
 
 Runs the commands of README one after the other and writes `digits-<machine>.json` into the folder
 of results: the numbers of `evaluate`, the seconds that each command took, and the errors of student
-and ablation on trajectories that neither has seen. A run that was
-stopped continues when it is started again, and the seconds of both are added.
+and ablation on trajectories that neither has seen. A run that was stopped continues when it is
+started again, and the seconds of both are added.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks import report_fdm
 from benchmarks.report_data import BASELINE, PASS_TITLES, PRECISIONS, Result, cases, ours
 
 
@@ -19,6 +20,9 @@ def draw(results: list[Result], folder: Path) -> list[Path]:
         if some:
             plot(some, folder / name)
             drawn.append(folder / name)
+    if some := [result for result in results if result.select(op="fdm")]:
+        report_fdm.draw(some, folder / "fdm.png")
+        drawn.append(folder / "fdm.png")
     return drawn
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from benchmarks import report_digits, report_steps, report_training, shapes, targets
+from benchmarks import report_digits, report_fdm, report_steps, report_training, shapes, targets
 from benchmarks.report_data import (
     BASELINE,
     NOT_MEASURED,
@@ -279,6 +279,7 @@ def tables(results: list[Result]) -> dict[str, Callable[[], str]]:
             "model": (model, MODEL),
             "student": (report_training.student, ("student",)),
             "digits": (report_digits.distances, ("digits",)),
+            "fdm": (report_fdm.tables, ("fdm",)),
             "exp_step": (report_steps.exp_step, ("exp_step", "exp_step_overhead")),
             "schedulers": (
                 report_steps.schedulers,

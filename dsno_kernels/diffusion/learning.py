@@ -136,8 +136,8 @@ def learn_time_grid(
     student = Student(denoiser, split_guidance, decode, _grid_losses.found(loss))
     wanted = targets if isinstance(targets, Tensor) else x_T
     _check_pairs(x_T, wanted, decode)
-    pairs = Pairs(x_T.detach(), wanted.detach(), kwargs, unconditional, guidance)
-    options = _differentiable(denoiser, plan, pairs, options)
+    pairs = Pairs(_recordable(x_T), _recordable(wanted), kwargs, unconditional, guidance)
+    still = not _differentiable_in_time(denoiser, plan, pairs, options.partial)
     train, validation = (part.share() for part in _divided(pairs, options.validation))
     if not isinstance(targets, Tensor):
         teacher = _teacher(process, times, prediction) if targets is None else targets
@@ -150,6 +150,7 @@ def learn_time_grid(
         build,
         mode=options.mode,
         decoupled=options.decoupled,
+        still=still,
         coefficients=options.coefficients,
         official=options.match_official,
     )
@@ -256,6 +257,11 @@ def _teacher(process: Any, times: Tensor, prediction: str) -> SolverPlan:
     )
 
 
+def _recordable(x: Tensor) -> Tensor:
+    """x without its graph; autograd refuses what was made in inference mode."""
+    return x.clone() if x.is_inference() else x.detach()
+
+
 def _check_pairs(x_T: Tensor, wanted: Tensor, decode: object) -> None:
     checks.real("targets", wanted)
     if len(wanted) != len(x_T) or (decode is None and wanted.shape != x_T.shape):
@@ -280,13 +286,13 @@ def _divided(pairs: Pairs, validation: float) -> tuple[Pairs, Pairs]:
     return pairs.part(slice(len(pairs) - count)), pairs.part(slice(len(pairs) - count, None))
 
 
-def _differentiable(
-    denoiser: Denoiser, plan: SolverPlan, pairs: Pairs, options: LearningOptions
-) -> LearningOptions:
-    """The options for this denoiser, which is called once, on one sample.
+def _differentiable_in_time(
+    denoiser: Denoiser, plan: SolverPlan, pairs: Pairs, partial: bool
+) -> bool:
+    """Whether a gradient reaches t through the denoiser, which is called once, on one sample.
 
     Raises:
-        ValueError: no gradient reaches x or t, and not `partial`.
+        ValueError: none reaches x or t, and not `partial`.
     """
     one = pairs.part(slice(1))
     with torch.enable_grad():
@@ -298,11 +304,9 @@ def _differentiable(
         if isinstance(output, Tensor) and output.requires_grad:
             reached = torch.autograd.grad(output.sum(), (x, t), allow_unused=True)
     missing = [name for name, grad in zip("xt", reached, strict=True) if grad is None]
-    if missing and not options.partial:
+    if missing and not partial:
         raise ValueError(
             f"the denoiser is not differentiable in {' and '.join(missing)}: no gradient comes back"
             " from its output; give LearningOptions(partial=True) to learn what can be learned"
         )
-    if "t" in missing:  # a call's time has no effect that could be learned
-        return dataclasses.replace(options, decoupled=False)
-    return options
+    return "t" not in missing

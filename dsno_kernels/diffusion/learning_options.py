@@ -36,8 +36,9 @@ class LearningOptions:
         recompute: keep the states alone for the backward pass and compute the model's insides
             again, so that memory does not grow with the number of steps; costs one more evaluation
             a step.
-        partial: learn what can be learned of a denoiser that is not differentiable in x or in t,
-            instead of raising.
+        partial: go on with a denoiser that is not differentiable, instead of raising. In t: its
+            calls stay at the times of the first grid, and the steps are learned. In x: its own
+            share of the gradient is missing, so the grid is not the best there is.
         match_official: LD3's own parametrization, optimizers and schedule, as its code has them;
             the options from `soft` to `recompute` are then `OfficialOptions`'.
         seed: of Adam's batches.

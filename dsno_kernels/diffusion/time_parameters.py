@@ -47,6 +47,7 @@ class TimeParameters:
         build: makes a plan of times.
         mode: one of `MODES`; "auto" is "log_snr" where that is finite at both ends.
         decoupled: whether the model's calls have times of their own.
+        still: whether the calls stay at the times of the first grid, whatever the steps do.
         coefficients: whether corrections of the table's coefficients are learned.
         official: LD3's own parametrization, as its code has it.
 
@@ -65,10 +66,12 @@ class TimeParameters:
         *,
         mode: str = "auto",
         decoupled: bool = True,
+        still: bool = False,
         coefficients: bool = False,
         official: bool = False,
     ) -> None:
         self.process, self.build, self.official = process, build, official
+        self.decoupled = decoupled and not still
         self.ends = grid.detach()[[0, -1]]
         self.mode = _mode(process, self.ends, mode)
         plan = build(grid.detach(), None)
@@ -76,6 +79,7 @@ class TimeParameters:
         first = plan.advances.long().cumsum(0) - plan.advances.long()  # steps done before a call
         self._step = first.clamp(max=self.steps - 1)
         calls = plan.model_times
+        self._calls = calls if still else None
         self._fixed = (calls == self.ends[0]) | (calls == self.ends[1])
         # Where each step calls the model once, at its time, one plan makes both.
         self._own = len(calls) == self.steps and calls.equal(plan.grid[:-1])
@@ -88,11 +92,10 @@ class TimeParameters:
         count = self.steps + 1 if official else 0
         logits = torch.ones(count).double() if official else _logits(self._u(grid.detach()))
         self.numbers = [logits]
-        if decoupled:
+        if self.decoupled:
             self.numbers.append(torch.zeros(count or len(calls), dtype=torch.float64))
         if self._free is not None:
             self.numbers.append(torch.zeros(int(self._free.sum()), dtype=torch.float64))
-        self.decoupled = decoupled
         for number in self.numbers:
             number.requires_grad_()
 
@@ -106,7 +109,7 @@ class TimeParameters:
                 mode=self.mode,
                 ends=self.ends,
             )
-            plan = self.build(t1, t2[:-1] if self.decoupled else None)
+            plan = self.build(t1, t2[:-1] if self.decoupled else self._calls)
         else:
             plan = self._plan()
         added = self.corrections()
@@ -146,7 +149,7 @@ class TimeParameters:
         u = low + (high - low) * gaps[:-1].cumsum(0)
         grid = torch.cat([self.ends[:1], self._t(u), self.ends[1:]])
         if not self.decoupled:
-            return self.build(grid, None)
+            return self.build(grid, self._calls)
         own = grid[:-1] if self._own else self.build(grid, None).model_times
         sizes = (high - low) * gaps
         before = torch.cat([sizes[:1], sizes])[self._step]

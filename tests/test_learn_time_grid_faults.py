@@ -1,0 +1,133 @@
+"""Learning of time grids: bad input, and runs that do not end as they should."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsno_kernels.diffusion import (
+    LearnedGrid,
+    LearningOptions,
+    SolverPlan,
+    learn_time_grid,
+    sample,
+    time_grid,
+)
+from tests.learning_problems import SHORT, VP, Network, improves, learned, starts
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (lambda x, t: 0.1 * x.detach() + t, "x"),
+        (lambda x, t: 0.1 * x + 0.1 * t.detach(), "t"),
+        (lambda x, t: (1e-3 * x + torch.cos(t)).detach(), "x and t"),
+    ],
+)
+def test_a_denoiser_without_gradients_is_named_or_its_rest_is_learned(
+    model: Callable[[Tensor, Tensor], Tensor], names: str
+) -> None:
+    x_T = starts()
+    with pytest.raises(ValueError, match=f"not differentiable in {names}: .*partial=True"):
+        learn_time_grid(model, VP, 4, x_T, options=SHORT)
+    grid = learn_time_grid(
+        model, VP, 4, x_T, options=dataclasses.replace(SHORT, partial=True, iterations=20)
+    )
+    assert improves(grid)
+    if "t" in names:
+        assert grid.denoiser_times == tuple(time_grid(VP, 4, "log_snr")[:-1].tolist())
+        assert grid.times[:-1] != grid.denoiser_times
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        ({"steps": 1}, ValueError, "steps must be at least 2, got 1"),
+        ({"steps": 2.5}, TypeError, "steps must be an integer"),
+        ({"solver": "sde_dpmpp_2"}, ValueError, "'sde_dpmpp_2' adds noise"),
+        ({"targets": torch.zeros(8, 5)}, ValueError, r"pairs, got shapes \(8, 6\) and \(8, 5\)"),
+        ({"targets": torch.zeros(7, 6)}, ValueError, r"pairs, got shapes \(8, 6\) and \(7, 6\)"),
+        ({"targets": torch.zeros(8, 6).long()}, TypeError, "targets"),
+        ({"x_T": torch.zeros(8)}, ValueError, r"x_T must have shape \(B, ...\)"),
+        ({"x_T": torch.zeros(1, 6).double()}, ValueError, "1 samples cannot be divided"),
+        ({"grid": [1.0, 0.5, 0.6, 0.1]}, ValueError, "grid must decrease strictly"),
+    ],
+)
+def test_bad_arguments(use: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"steps": 3, "x_T": starts(), **use}
+    with pytest.raises(error, match=message):
+        learn_time_grid(Network(), VP, options=SHORT, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"mode": "sigma"}, "unknown mode 'sigma'; known are auto, log_snr, time"),
+        ({"optimizer": "sgd"}, "unknown optimizer 'sgd'"),
+        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"radius": -1.0}, "radius must be positive"),
+        ({"validation": 1.0}, r"validation must be in \[0, 1\)"),
+        ({"optimizer": "adam"}, "optimizer 'adam' needs a batch"),
+    ],
+)
+def test_bad_options(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LearningOptions(**option)
+
+
+class Breaks:
+    """A model that does something else from its n-th call on."""
+
+    def __init__(self, call: int, then: Callable[[Tensor], Tensor]) -> None:
+        self.call, self.then, self.count, self.network = call, then, 0, Network()
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.count += 1
+        output = self.network(x, t)
+        return self.then(output) if self.count >= self.call else output
+
+
+def test_a_loss_that_is_not_finite_keeps_the_best_grid(tmp_path: Path) -> None:
+    path = tmp_path / "grid.json"
+    options = dataclasses.replace(SHORT, iterations=40, rounds=8, soft=False)
+    model = Breaks(150, lambda output: output * torch.nan)
+    teacher = starts()
+    with pytest.warns(UserWarning, match="not finite after .* evaluations; the best grid before"):
+        grid = learn_time_grid(model, VP, 4, starts(), teacher, options=options, out=path)
+    assert improves(grid, 1.0) and "not finite" in grid.provenance["stopped"]
+    assert LearnedGrid.load(path) == grid
+    with pytest.raises(ValueError, match="the first grid is not finite"):
+        learn_time_grid(Breaks(2, lambda y: y * torch.inf), VP, 4, starts(), teacher, options=SHORT)
+
+
+def interrupt(output: Tensor) -> Tensor:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("call", [40, 100])
+def test_an_interrupted_run_leaves_its_best_grid(call: int, tmp_path: Path) -> None:
+    path = tmp_path / "grid.json"
+    options = dataclasses.replace(SHORT, iterations=40, rounds=4, soft=False)
+    with pytest.raises(KeyboardInterrupt):
+        learn_time_grid(
+            *(Breaks(call, interrupt), VP, 4, starts(), starts()), options=options, out=path
+        )
+    grid = LearnedGrid.load(path)
+    assert grid.provenance["stopped"] == "interrupted"
+    made = sample(Network(), starts(), grid.plan())
+    hand = SolverPlan.build(VP, time_grid(VP, 4, "log_snr"), grid.solver, prediction="x0")
+    before = sample(Network(), starts(), hand)
+    assert float((made - starts()).norm()) < float((before - starts()).norm())
+
+
+def test_a_callback_ends_learning_with_the_best_so_far(tmp_path: Path) -> None:
+    path = tmp_path / "grid.json"
+    grid = learned(callback=lambda i, loss: i == 2, out=path)
+    assert len(grid.losses) == 3 and "by the callback" in grid.provenance["stopped"]
+    assert improves(grid, 1.0) and LearnedGrid.load(path) == grid

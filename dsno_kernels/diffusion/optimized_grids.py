@@ -183,13 +183,13 @@ def trajectory_costs(
 
     costs = torch.full((len(y), len(y)), torch.inf, dtype=torch.float64)
     for i, slope in enumerate(slopes):
-        lengths = (rho[i + 1 :] - rho[i]).to(y.device)
-        reached = y[i] + lengths[:, None, None] * slope
-        if metric == "deviation":
-            cost = deviation(reached) - deviation(y[i + 1 :])
-        else:
-            cost = (reached - y[i + 1 :]).norm(p=int(metric[1]), dim=-1)
-        costs[i, i + 1 :] = cost.mean(-1).cpu()
+        for j in range(i + 1, len(y)):  # one by one: all of them at once take much memory
+            reached = y[i] + float(rho[j] - rho[i]) * slope
+            if metric == "deviation":
+                cost = deviation(reached) - deviation(y[j])
+            else:
+                cost = (reached - y[j]).norm(p=int(metric[1]), dim=-1)
+            costs[i, j] = cost.mean()
     return plan.grid, costs
 
 

@@ -19,6 +19,7 @@ from dsno_kernels.functional import (
     solver_step,
     step_checks,
 )
+from dsno_kernels.integrations._learned import Grid, learned, learned_schedule
 from dsno_kernels.integrations._tables import Row, Solver, rows
 
 _BY_CONFIGURATION = (
@@ -131,6 +132,7 @@ class Multistep(Configured):
 
     def _prepare(self) -> None:
         self._rows: tuple[Row, ...] = ()
+        self._calls: tuple[float, ...] = ()
         self._first, self._of, self._version = 0, self.sigmas, -1
         self._limits: tuple[float, float, str] | None = None
 
@@ -144,7 +146,7 @@ class Multistep(Configured):
             with torch.inference_mode(False):
                 self.sigmas = self.sigmas.clone()
         self._first, self._of, self._version = first, self.sigmas, self.sigmas._version
-        self._rows = rows(self._solver(), tuple(self.sigmas.tolist()), first)
+        self._rows = rows(self._solver(), tuple(self.sigmas.tolist()), first, self._calls)
 
     def _end(self) -> str:
         few = len(self.timesteps) < 15
@@ -184,17 +186,27 @@ class Multistep(Configured):
         sigmas: Sequence[float] | None,
         timesteps: Sequence[int] | None,
         mu: float | None,
+        grid: Grid | None,
     ) -> None:
-        """`set_timesteps`: the schedule of diffusers, or one's own, then the table."""
+        """`set_timesteps`: the schedule of diffusers, one's own or a learned one, then the
+        table.
+        """
         config = self.config
         self.num_inference_steps = None  # until all is done: no step with half a schedule
+        self._calls = ()
         shift = getattr(config, "flow_shift", None)
         keywords: dict[str, Any] = {} if mu is None else {"mu": mu}
         try:
-            if sigmas is not None or timesteps is not None:
+            if grid is not None:
+                if not (num_inference_steps is None and sigmas is None and timesteps is None):
+                    raise ValueError(
+                        "give num_inference_steps, timesteps or sigmas, or a grid: one of them"
+                    )
+                self._learned_schedule(grid, device, keywords)
+            elif sigmas is not None or timesteps is not None:
                 self._own_schedule(num_inference_steps, device, sigmas, timesteps, keywords)
             elif num_inference_steps is None:
-                raise ValueError("give num_inference_steps, timesteps or sigmas")
+                raise ValueError("give num_inference_steps, timesteps or sigmas, or a grid")
             else:
                 self._usual_schedule(check_steps(num_inference_steps), device, keywords)
         finally:
@@ -226,6 +238,28 @@ class Multistep(Configured):
                 smallest = self._shifted(np.array([1.0 / config.num_train_timesteps]), keywords)
                 self.sigmas[-1] = float(smallest[0])
 
+    def _no_schedule_by_configuration(self, excludes: str) -> None:
+        for name in _BY_CONFIGURATION:
+            if getattr(self.config, name, False):
+                raise ValueError(f"{excludes} {name}=True in the configuration")
+
+    def _learned_schedule(
+        self, grid: Grid, device: str | torch.device | None, keywords: dict[str, Any]
+    ) -> None:
+        self._no_schedule_by_configuration("a learned grid excludes")
+        known = learned(grid)
+        super().set_timesteps(known.steps, device, **keywords)  # type: ignore[misc]
+        self.num_inference_steps = None
+        self._limits = self._threshold()
+        made = learned_schedule(
+            known, self._solver(), self.config, self.alphas_cumprod, keywords.get("mu")
+        )
+        highest = 1.0 - _BELOW_ONE if self.config.use_flow_sigmas else torch.inf
+        self.sigmas = made.sigmas.clamp(max=highest).float()
+        self._calls = tuple(made.model_sigmas.clamp(max=highest).tolist())
+        self.timesteps = made.timesteps.to(device=device, dtype=torch.float32)
+        self.num_inference_steps = known.steps
+
     def _own_schedule(
         self,
         steps: int | None,
@@ -237,9 +271,7 @@ class Multistep(Configured):
         config = self.config
         if sigmas is not None and timesteps is not None:
             raise ValueError("give timesteps or sigmas, not both")
-        for name in _BY_CONFIGURATION:
-            if getattr(config, name, False):
-                raise ValueError(f"timesteps and sigmas exclude {name}=True in the configuration")
+        self._no_schedule_by_configuration("timesteps and sigmas exclude")
         if timesteps is not None:
             last = config.num_train_timesteps - (0 if config.use_flow_sigmas else 1)
             given = _numbers("timesteps", timesteps)

@@ -57,6 +57,25 @@ class Solver:
     uncorrected: frozenset[int] = frozenset()
 
 
+def name_of(solver: Solver) -> str | None:
+    """Its name in `dk.diffusion.solvers()`; None where it has none."""
+    if solver.sde or solver.uncorrected:
+        return None
+    if solver.family == "deis":
+        return f"deis{solver.order}"
+    if solver.family == "unipc":
+        return f"unipc{solver.order}_{solver.second}"
+    kinds = {
+        (1, solver.second, solver.third): "1m",
+        (2, "midpoint", solver.third): "2m",
+        (2, "heun", solver.third): "2m_heun",
+        (3, "midpoint", "shipped"): "3m",
+        (3, "heun", "exact"): "3m_exact",
+    }
+    kind = kinds.get((solver.order, solver.second, solver.third))
+    return None if kind is None else f"{'dpmpp' if solver.history == 'x0' else 'dpm'}_{kind}"
+
+
 class Row(NamedTuple):
     """One step.
 
@@ -85,8 +104,12 @@ class Row(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def rows(solver: Solver, sigmas: tuple[float, ...], first: int) -> tuple[Row, ...]:
-    """The steps of a schedule that begins, without history, at its step `first`."""
+def rows(
+    solver: Solver, sigmas: tuple[float, ...], first: int, calls: tuple[float, ...] = ()
+) -> tuple[Row, ...]:
+    """The steps of a schedule that begins, without history, at its step `first`; `calls` are the
+    sigmas of the model's calls where those are not the sigmas of the steps.
+    """
     if not 0 <= first < len(sigmas) - 1:
         return ()
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
@@ -99,8 +122,8 @@ def rows(solver: Solver, sigmas: tuple[float, ...], first: int) -> tuple[Row, ..
                 )
         problem = _problem(solver, points)
         made = _made(solver, problem)
-        begin = points.part(slice(-1))
-        ratio = torch.tensor(sigmas[first:-1], dtype=torch.float64)
+        ratio = torch.tensor((calls or sigmas[:-1])[first:], dtype=torch.float64)
+        begin = _points(ratio, solver.flow)
         given = "sample" if solver.thresholded else solver.prediction
         to_history = _conversion(solver.history, given, begin, ratio, solver.family)
         to_x0 = _conversion("x0", solver.prediction, begin, ratio, solver.family)

@@ -52,6 +52,7 @@ import torch
 from torch import Tensor
 
 from dsno_kernels.integrations._ddim import DDIM
+from dsno_kernels.integrations._learned import Grid
 from dsno_kernels.integrations._multistep import Multistep, check_inputs, guided
 from dsno_kernels.integrations._tables import Solver
 
@@ -108,6 +109,7 @@ class FusedDEISMultistepScheduler(Multistep, DEISMultistepScheduler):  # type: i
         mu: float | None = None,
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[int] | None = None,
+        grid: Grid | None = None,
     ) -> None:
         """Set the schedule of the next run, and its coefficients.
 
@@ -115,15 +117,18 @@ class FusedDEISMultistepScheduler(Multistep, DEISMultistepScheduler):  # type: i
             num_inference_steps: N steps, spaced as the configuration says. Or
             sigmas: N decreasing sigmas, as diffusers counts them: noise over signal, or with
                 use_flow_sigmas the share of noise before the time shift; 0 is added at the end. Or
-            timesteps: N decreasing training timesteps.
+            timesteps: N decreasing training timesteps. Or
+            grid: a :class:`dk.diffusion.LearnedGrid` or its file, learned for this solver and for
+                the `DiscreteVP` of `alphas_cumprod`, or for `FlowMatching` with use_flow_sigmas.
+                The model is then called at the learned times, between its training timesteps.
             device: of `timesteps`.
             mu: of the time shift, with use_dynamic_shifting.
 
         Raises:
-            ValueError: none or several of these, or a schedule that does not decrease (names the
-            index).
+            ValueError: none or several of these, a schedule that does not decrease (names the
+            index), or a grid that was learned for another solver or process.
         """
-        self._schedule(num_inference_steps, device, sigmas, timesteps, mu)
+        self._schedule(num_inference_steps, device, sigmas, timesteps, mu, grid)
 
     def step(
         self,
@@ -184,11 +189,12 @@ class FusedDPMSolverMultistepScheduler(Multistep, DPMSolverMultistepScheduler): 
         mu: float | None = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
+        grid: Grid | None = None,
     ) -> None:
         """As that of :class:`FusedDEISMultistepScheduler`; own sigmas end as final_sigmas_type
         says.
         """
-        self._schedule(num_inference_steps, device, sigmas, timesteps, mu)
+        self._schedule(num_inference_steps, device, sigmas, timesteps, mu, grid)
 
     def step(
         self,
@@ -270,13 +276,14 @@ class FusedUniPCMultistepScheduler(Multistep, UniPCMultistepScheduler):  # type:
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
         timesteps: Sequence[int] | None = None,
+        grid: Grid | None = None,
     ) -> None:
         """As that of :class:`FusedDEISMultistepScheduler`; own sigmas end as final_sigmas_type
         says.
         """
         if self.config.use_dynamic_shifting and mu is None:
             raise ValueError("use_dynamic_shifting needs mu")
-        self._schedule(num_inference_steps, device, sigmas, timesteps, mu)
+        self._schedule(num_inference_steps, device, sigmas, timesteps, mu, grid)
 
     def _shifted(self, sigmas: Any, keywords: dict[str, Any]) -> Any:
         if self.config.use_dynamic_shifting:

@@ -46,9 +46,8 @@ def plan_of(
     Raises:
         ValueError: names that are unknown, or what a file has otherwise.
     """
-    ends = {"order": order, "t_start": t_start, "t_end": t_end}
     if is_file(grid):
-        for name, value in ends.items():
+        for name, value in {"order": order, "t_start": t_start, "t_end": t_end}.items():
             if value is not None:
                 raise ValueError(f"{grid} is a grid with its own times: leave {name} out")
         known = None if process is None else PROCESSES[process]
@@ -57,5 +56,5 @@ def plan_of(
     if steps is None:
         raise ValueError(f"grid {grid!r} needs a number of steps")
     noising = PROCESSES[process or PROCESS]
-    times = time_grid(noising, steps, grid, **ends)
+    times = time_grid(noising, steps, grid, order, t_start, t_end)
     return SolverPlan.build(noising, times, solver or SOLVER, prediction="x0")

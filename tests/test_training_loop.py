@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import resource
 import signal
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -25,6 +24,7 @@ from dsno_kernels.training.errors import CommandError
 from dsno_kernels.training.history import History
 from dsno_kernels.training.options import Options
 from tests import training_runs
+from tests.faults import full_disk
 from tests.helpers import assert_close
 from tests.training_runs import OPTIONS, Task, curve, losses, model, run, same_end
 
@@ -322,28 +322,16 @@ def test_fewer_steps_than_were_done(tmp_path: Path) -> None:
     assert curve(tmp_path) == before
 
 
-@pytest.fixture
-def small_files() -> Iterator[int]:
-    """The size that files may get where a test asks for it; afterwards any size again."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield 100_000
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, whole: Path) -> None:
+    with contextlib.ExitStack() as stack:
 
+        def fill(update: int) -> None:
+            if update == 5:
+                stack.enter_context(full_disk(100_000))
 
-def test_a_full_disk_leaves_the_checkpoint_before(
-    tmp_path: Path, whole: Path, small_files: int
-) -> None:
-    """A file that may not grow fails in the same place as one on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill(update: int) -> None:
-        if update == 5:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (small_files, limits[1]))
-
-    error = r"File too large; the checkpoint of step 3 is in .*; when that is mended, the same"
-    with pytest.raises(CommandError, match=error):
-        run(tmp_path, Task(fill))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        error = r"File too large; the checkpoint of step 3 is in .*; when that is mended, the same"
+        with pytest.raises(CommandError, match=error):
+            run(tmp_path, Task(fill))
     assert not list(tmp_path.glob("*.part"))
     run(tmp_path)
     assert same_end(tmp_path, whole)

@@ -152,12 +152,12 @@ def test_a_student_starts_from_standard_normal_noise(tmp_path: Path, whole: Path
     assert torch.equal(states, everything(tmp_path)[0][:, 1:])
 
 
-def test_a_manifest_without_the_scale_of_the_noise(tmp_path: Path) -> None:
-    """As the first version wrote it: its processes had 1."""
+def test_a_manifest_of_the_first_version(tmp_path: Path) -> None:
+    """Without the noise's scale, which was 1 then, and the solver's end, which was "full"."""
     write(tmp_path)
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest.pop("noise_scale") == 1.0
+    assert manifest.pop("noise_scale") == 1.0 and manifest["plan"].pop("end") == "full"
     path.write_text(json.dumps(manifest))
     assert TrajectoryDataset(tmp_path).noise_scale == 1.0
     write(tmp_path, lambda x, t: pytest.fail("there is nothing left to do"))

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from dsno_kernels.training.trajectories import (  # noqa: E402
     TrajectoryError,
 )
 from dsno_kernels.training.trajectory_files import ShardReader, ShardWriter  # noqa: E402
+from tests.faults import full_disk  # noqa: E402
 from tests.helpers import assert_close  # noqa: E402
 from tests.trajectory_runs import (  # noqa: E402
     BATCH,
@@ -169,17 +169,10 @@ def test_interrupt_says_how_far_it_came(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path, whole: Path) -> None:
-    """A limit of the size of files stands for it: both are a write that fails."""
     size = (whole / "shard-00000-of-00001" / "data.mdb").stat().st_size
-    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
-    try:
-        with pytest.raises(
-            TrajectoryError, match=r"cannot be written.*MiB of the disk.*run the same"
-        ):
-            write(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = r"cannot be written.*MiB of the disk.*run the same"
+    with full_disk(size - 1), pytest.raises(TrajectoryError, match=error):
+        write(tmp_path)
     (there,) = stored(tmp_path)
     assert 0 < there < COUNT
     write(tmp_path)
@@ -240,6 +233,14 @@ def one_thread() -> Iterator[None]:
         (
             {"plan": SolverPlan.build(PROCESS, PLAN.grid, "tab2", prediction="x0")},
             "plan.solver is 'tab3' there and 'tab2' now",
+        ),
+        (
+            {
+                "plan": SolverPlan.build(
+                    PROCESS, PLAN.grid, prediction="x0", end="lower_order_final"
+                )
+            },
+            "plan.end is 'full' there and 'lower_order_final' now",
         ),
         (
             {

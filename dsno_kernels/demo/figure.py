@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsno_kernels._files import replacing
+
 COLUMNS, ROWS = 16, 3  # of each block of images
 
 
@@ -74,12 +76,10 @@ def draw(
     ):
         _show(ax, title, tile(frames.flatten(0, 1), frames.shape[1]))
     _write_tables(right.subplots(), sections)
-    temporary = path.with_suffix(".part.png")
     try:
-        figure.savefig(temporary, dpi=110, metadata={"Software": None})
-        temporary.replace(path)
+        with replacing(path) as file:
+            figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
     finally:
-        temporary.unlink(missing_ok=True)
         plt.close(figure)
 
 

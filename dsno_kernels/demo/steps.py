@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import platform
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import dsno_kernels as dk
+from dsno_kernels._files import write_json
 from dsno_kernels.demo import compare, figure, student, teacher
 from dsno_kernels.demo.figure import Row, Section
 from dsno_kernels.training import images as data
@@ -277,19 +275,10 @@ def write(
     ]
     try:
         figure.draw(folder / "demo.png", blocks, strips, sections)
-        replace_json(
+        write_json(
             folder / "demo.json", {s.title: [row._asdict() for row in s.rows] for s in sections}
         )
     except OSError as error:
         raise CommandError(
             f"--out {folder} cannot be written ({error.strerror}); give a folder that can"
         ) from None
-
-
-def replace_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".part.json")
-    try:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

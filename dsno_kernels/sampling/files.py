@@ -7,16 +7,14 @@ Images are float ``(N, C, H, W)`` in [-1, 1] here and 8 bits a value in the file
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from dsno_kernels._files import replacing
 from dsno_kernels.training.errors import CommandError, prepare_folder
 
 SMALLEST = 32  # pixels: in a picture of many, smaller images are enlarged
@@ -105,7 +103,7 @@ class Target:
                 folder = folder / str(self.labels[self.written])
                 folder.mkdir(exist_ok=True)
             picture = pictures[0] if len(pictures) == 1 else tile(pictures, len(pictures))
-            _write_png(folder / f"{self.written:06d}.png", picture)
+            _write_png(folder / f"{self.written:06d}.png", picture, many=True)
             self.written += 1
 
     def close(self) -> None:
@@ -121,25 +119,13 @@ class Target:
         arrays: dict[str, Any] = {"images": pixels[:, 0]}
         if self.labels is not None:
             arrays["labels"] = self.labels
-        with _replacing(self.path) as file:
+        with replacing(self.path) as file:
             np.savez_compressed(file, **arrays)
 
 
-def _write_png(path: Path, pixels: np.ndarray) -> None:
+def _write_png(path: Path, pixels: np.ndarray, many: bool = False) -> None:
     """A picture uint8 ``(H, W, C)``, C = 1 or 3."""
     from PIL import Image
 
-    with _replacing(path) as file:
+    with replacing(path, many=many) as file:
         Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of `path` once it is complete."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
+
+from dsno_kernels._files import replacing
 
 FIELDS = ("update", "loss", "gradient_norm", "learning_rate")
 Row = tuple[int, float, float, float]
@@ -20,10 +23,10 @@ class History:
 
         self.path = folder / "loss.csv"
         kept = [row for row in _rows(self.path) if row[0] <= step]
-        part = self.path.with_suffix(".csv.part")
-        with open(part, "w", newline="") as file:
-            csv.writer(file).writerows([FIELDS, *kept])
-        part.replace(self.path)
+        text = io.StringIO()
+        csv.writer(text).writerows([FIELDS, *kept])
+        with replacing(self.path) as file:
+            file.write(text.getvalue().encode())
 
     def add(self, rows: list[Row]) -> None:
         with open(self.path, "a", newline="") as file:
@@ -48,9 +51,8 @@ class History:
             axes.set_yscale("log")
         axes.set(xlabel="update", ylabel="loss")
         axes.legend()
-        part = self.path.with_suffix(".part.png")
-        figure.savefig(part, dpi=150)
-        part.replace(self.path.with_suffix(".png"))
+        with replacing(self.path.with_suffix(".png")) as file:
+            figure.savefig(file, format="png", dpi=150)
 
 
 def _rows(path: Path) -> list[Row]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dsno_kernels._files import replacing
 from dsno_kernels.diffusion import SolverPlan
 
 NAME = "manifest.json"
@@ -56,6 +55,7 @@ def make(
             "solver": plan.solver,
             "steps": len(grid) - 1,
             "history": plan.history,
+            "end": plan.end,
             "prediction": plan.prediction,
             "grid": grid.tolist(),
             "grid_logsnr": logsnr,
@@ -86,20 +86,17 @@ def noise_scale(plan: SolverPlan) -> float:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file that appears complete or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Write a file, and make its folder; it appears complete or not at all.
+
+    Raises:
+        TrajectoryError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        with replacing(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except OSError as error:
         raise TrajectoryError(f"{path} cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _logsnr(plan: SolverPlan, grid: torch.Tensor) -> list[float]:
@@ -145,7 +142,9 @@ def read(folder: Path) -> dict[str, Any]:
     keys = ("count", "shards", "shape", "positions", "times", "logsnr", "classes")
     if missing := [key for key in keys if key not in manifest]:
         raise TrajectoryError(f"{path} is damaged: {missing[0]} is missing")
-    manifest.setdefault("noise_scale", 1.0)  # earlier versions did not write it
+    manifest.setdefault("noise_scale", 1.0)  # earlier versions did not write these two
+    if isinstance(manifest.get("plan"), dict):
+        manifest["plan"].setdefault("end", "full")
     for key, wanted in _wrong(manifest):
         raise TrajectoryError(
             f"{path} is damaged: {key} must be {wanted}, and is {_short(manifest[key])}"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ import dsno_kernels as dk
 from dsno_kernels import commands
 from dsno_kernels.models import read_metadata
 from dsno_kernels.training import student, trajectory_source
-from dsno_kernels.training.trajectories import write_trajectories
+from dsno_kernels.training.trajectories import TrajectoryDataset, write_trajectories
+from dsno_kernels.training.trajectory_loss import StudentTask
 from dsno_kernels.training.trajectory_source import Source, open_source
 from tests import ranks, small_models
 
@@ -320,6 +324,42 @@ def test_changed_values_are_not_learned(
     assert "has no sha256.txt to compare with" in error
 
 
+def hold_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All trajectories are too large to be held."""
+    monkeypatch.setattr(Source.__init__, "__defaults__", (0,))
+
+
+@pytest.mark.parametrize("more", [[], ["--accumulate", "2"]], ids=["whole", "accumulate"])
+def test_a_large_set_is_read_ahead_by_another_process(
+    more: list[str], labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after an interruption; signals do not end that process before its time."""
+    expected = train(labeled, tmp_path / "held", *NETWORK, *more, "--decay", "constant")
+    hold_nothing(monkeypatch)
+    batch, loss, read, asked = TrajectoryDataset.batch, StudentTask.loss, [], []
+    ranks.processes()  # imports what the other process needs
+
+    def noted_batch(dataset: TrajectoryDataset, index: Any) -> Any:
+        read.append(index)
+        return batch(dataset, index)
+
+    def noted_loss(*words: Any) -> torch.Tensor:
+        value = loss(*words)
+        asked.append(value)
+        (reader,) = multiprocessing.active_children()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(reader.pid or 0, number)
+        return value
+
+    monkeypatch.setattr(TrajectoryDataset, "batch", noted_batch)
+    monkeypatch.setattr(StudentTask, "loss", noted_loss)
+    options = (*NETWORK, *more, "--decay", "constant")
+    train(labeled, tmp_path / "read", *options, "--steps", "2")
+    assert train(labeled, tmp_path / "read", *options) == expected
+    assert len(asked) == 4 * (1 + len(more) // 2) and not read
+    assert not multiprocessing.active_children()
+
+
 def test_damage_that_shows_during_the_training_is_one_sentence(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,5 +368,5 @@ def test_damage_that_shows_during_the_training_is_one_sentence(
     with lmdb.open(str(path)) as environment, environment.begin(write=True) as transaction:
         for i in range(0, COUNT, 2):
             transaction.delete(b"%d" % i)
-    monkeypatch.setattr(Source.__init__, "__defaults__", (0,))
+    hold_nothing(monkeypatch)
     assert "it has no sample" in refused(capsys, words(path, tmp_path / "out", *NETWORK, *options))

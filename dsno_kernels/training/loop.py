@@ -13,8 +13,8 @@ import copy
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +35,8 @@ from dsno_kernels.training.options import Options
 # Updates between two looks at the losses, for each of which the host waits for a GPU.
 LOOK_EVERY = 20
 
+Ahead = Callable[[Iterator[dict[str, Tensor]]], AbstractContextManager[None]]
+
 
 class Task(Protocol):
     """What is learned."""
@@ -51,7 +53,12 @@ class Task(Protocol):
 
 
 def fit(
-    model: nn.Module, task: Task, options: Options, out: Path, metadata: Mapping[str, Any]
+    model: nn.Module,
+    task: Task,
+    options: Options,
+    out: Path,
+    metadata: Mapping[str, Any],
+    ahead: Ahead | None = None,
 ) -> nn.Module:
     """Train a model, continuing from the checkpoint in `out` if there is one.
 
@@ -64,6 +71,8 @@ def fit(
         options: of the learning.
         out: the folder, made if it is not there.
         metadata: what else a checkpoint must agree on (configuration, data), as JSON values.
+        ahead: entered for all the updates, with what this process will ask the task for the loss
+            of, in that order; each batch is then drawn twice.
 
     Returns:
         The average of the weights over the updates, a model of its own, in evaluation mode.
@@ -91,7 +100,7 @@ def fit(
             checkpoint.only_run(out),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
         ):
-            return _run(model, task, options, path, metadata)
+            return _run(model, task, options, path, metadata, ahead)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{checkpoint.earlier(path)}; the same command {_goes_on(path)}"
@@ -108,7 +117,12 @@ def _goes_on(path: Path) -> str:
 
 
 def _run(
-    model: nn.Module, task: Task, options: Options, path: Path, metadata: Mapping[str, Any]
+    model: nn.Module,
+    task: Task,
+    options: Options,
+    path: Path,
+    metadata: Mapping[str, Any],
+    ahead: Ahead | None,
 ) -> nn.Module:
     """`fit`, in the folder that is there."""
     result = copy.deepcopy(model).to("meta")
@@ -130,9 +144,11 @@ def _run(
             f"{path} has {step} updates behind it, --steps is {options.steps}; give --steps {step}"
             " or more, or another --out"
         )
+    coming = (part for i in range(step, options.steps) for part in _draw(task, options, i)[0])
     history = History(path.parent, step) if distributed.rank() == 0 else None
     pending: list[Tensor] = []
     with (
+        ahead(coming) if ahead and step < options.steps else nullcontext(),
         _progress(options.steps, step) as bar,
         distributed.activation_checkpointing(model, options.activation_checkpointing),
         interrupts.noted() as signals,
@@ -201,6 +217,14 @@ def update(called: nn.Module, state: State, task: Task, options: Options, step: 
     state.average.multi_avg_fn = partial(_blend, weight=options.ema_weight(step))
     state.average.update_parameters(state.model)
     return torch.stack([total, norm.full_tensor() if isinstance(norm, DTensor) else norm])
+
+
+def _draw(task: Task, options: Options, step: int) -> tuple[list[dict[str, Tensor]], int]:
+    """What is random in an update: this process's parts of the batch, and another seed."""
+    first, second = np.random.SeedSequence((options.seed, step)).generate_state(2).tolist()
+    batch = task.draw(torch.Generator().manual_seed(first), options.batch)
+    batch["update"] = torch.full((options.batch,), step)
+    return distributed.parts(batch, options.accumulate), second
 
 
 def _blend(average: list[Tensor], current: list[Tensor], _: Tensor, *, weight: float) -> None:

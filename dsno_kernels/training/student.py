@@ -167,7 +167,8 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
         "trajectories": source.checksum,
         "logsnr": source.logsnr.tolist(),
     }
-    average = loop.fit(student.to(device), task, learning, arguments.out, identity)
+    student.to(device)
+    average = loop.fit(student, task, learning, arguments.out, identity, source.reading_ahead)
     if distributed.rank() > 0:
         return
     path = arguments.out / NAME

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from dsno_kernels.training.errors import CommandError
+from dsno_kernels.training.manifest import TrajectoryError
 from dsno_kernels.training.trajectory_data import TrajectoryDataset
 
 HELD = 2 << 30  # bytes of trajectories that are kept on the device
@@ -20,8 +24,7 @@ CHUNK = 1024  # samples that are read at once to be kept
 class Source:
     """Noises, the teacher's states and labels, on a device.
 
-    A small data set is held there whole. A large one is read batch by batch: on a GPU that happens
-    while the device computes the updates before, because no update waits for its loss.
+    A small data set is held there whole. A large one is read batch by batch; see `reading_ahead`.
 
     Args:
         dataset: a `TrajectoryDataset`, or what has its ``batch``, ``len``, ``shape``, ``labels``
@@ -53,6 +56,7 @@ class Source:
         self.image_shape: tuple[int, int, int] = tuple(dataset.shape[1:])
         self.checksum: str | None = dataset.checksum
         self.classes = 0 if dataset.labels is None else int(dataset.labels.max()) + 1
+        self._ahead: Iterator[tuple[list[int], Any]] | None = None
         self._held = self._whole() if _bytes(dataset) <= held else None
 
     def __len__(self) -> int:
@@ -68,6 +72,36 @@ class Source:
         noise, states, labels = self._held
         return noise[place], states[place], None if labels is None else labels[place]
 
+    @contextlib.contextmanager
+    def reading_ahead(self, parts: Iterator[dict[str, Tensor]]) -> Iterator[None]:
+        """Within it another process reads what :meth:`batch` is asked for, the samples
+        ``part["index"]`` in this order, and a thread pins it for a GPU; nothing where all is held.
+        """
+        if self._held is not None:
+            yield
+            return
+        loader = DataLoader(
+            _Batches(self.dataset),
+            batch_size=None,
+            sampler=(part["index"].tolist() for part in parts),
+            num_workers=1,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_block_signals,
+            generator=torch.Generator(),  # the global one is the training's
+            # A fork would share the lock of the folder, and the state of CUDA and of threads.
+            multiprocessing_context="forkserver",
+        )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        _block_signals()  # the process starts like this
+        try:
+            self._ahead = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            yield
+        finally:
+            self._ahead = None  # which ends that process
+
     def _whole(self) -> tuple[Tensor, Tensor, Tensor | None]:
         N, (F, *image) = len(self), self.dataset.shape
         noise = torch.empty(N, *image, device=self.device)
@@ -78,11 +112,36 @@ class Source:
         return noise, states, None if labels is None else labels.to(self.device)
 
     def _read(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        frames, labels = self.dataset.batch(index)
+        if self._ahead is None:
+            frames, labels = self.dataset.batch(index)
+        else:
+            asked, found = next(self._ahead)
+            if isinstance(found, str):
+                raise TrajectoryError(found)
+            assert asked == index.tolist()
+            frames, labels = found
         if self.device.type == "cuda":  # a copy from pinned memory does not hold up the host
             frames = frames.pin_memory().to(self.device, non_blocking=True)
             labels = None if labels is None else labels.to(self.device, non_blocking=True)
         return frames[:, 0] / self.noise_scale, frames[:, 1:].contiguous(), labels
+
+
+class _Batches(Dataset[tuple[list[int], Any]]):
+    """Batches by the numbers of their samples; what cannot be read is a sentence."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: list[int]) -> tuple[list[int], Any]:
+        try:
+            return index, self.dataset.batch(index)
+        except TrajectoryError as error:
+            return index, str(error)
+
+
+def _block_signals(_: int = 0) -> None:
+    """What asks to end a run is for the process that trains."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
 
 
 def _bytes(dataset: Any) -> int:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dsno_kernels.diffusion._calls import Calls
 from dsno_kernels.diffusion.plan import SolverPlan
-from dsno_kernels.functional import solver_step
+from dsno_kernels.functional import exp_step, solver_step
 
 State = tuple[Tensor, ...]
 # States kept for the backward pass with `recompute`, at each of its log(evaluations) levels.
@@ -107,6 +107,10 @@ class Rows:
             self.table = plan.table.to(setting.device).unbind()
         self.ahead: list[bool] = plan.looks_ahead.tolist()
         self.kept = plan.history_length - 1
+        options = setting.options
+        converted = plan.prediction != plan.history or setting.calls.unconditional is not None
+        changed = options["clip"] is not None or options["threshold"] is not None
+        self.direct = plan.table.requires_grad and not converted and not changed
         self.check_finite = check_finite
         # Of what the denoiser returned, by row: not finite where one value is not.
         self._sums: dict[int, Tensor] = {}
@@ -133,6 +137,8 @@ class Rows:
                 total = total + unconditional.detach().sum(dtype=setting.dtype)
             self._sums[i] = total
         last = i == len(self.sizes) - 1
+        if self.direct and self.sizes[i][self.s] == 0 and out is None:
+            return self._direct_step(i, base, output, entries)
         new = solver_step(
             point,
             output,
@@ -152,6 +158,26 @@ class Rows:
         if new.entry is not None:
             entries = [new.entry, *entries][: self.kept]
         return (new.base, new.point, x, *entries), new.entry
+
+    def _direct_step(
+        self, i: int, base: Tensor, output: Tensor, entries: list[Tensor]
+    ) -> tuple[State, Tensor | None]:
+        """`step` where h_0 is the model's output and a graph is recorded: one pass for each sum,
+        and one for its gradients, instead of another of each for the entry.
+        """
+        row, columns = self.table[i], self.setting.plan.columns
+        terms = [output.to(self.setting.dtype), *entries]
+
+        def combined(x: Tensor, a: str, c: str) -> Tensor:
+            coefficients = row[columns[a].start : columns[c].stop]  # which are neighbors
+            return exp_step(x, terms, coefficients, backend=self.setting.options["backend"])
+
+        base = point = combined(base, "a_b", "c_b")
+        if self.ahead[i]:
+            point = combined(base, "a_p", "c_p")
+        kept = terms[: self.kept] if self.kept else []
+        entry = terms[0] if self.kept or self.setting.keep_entry else None
+        return (base, point, point.to(self.setting.model_dtype), *kept), entry
 
     def states(
         self, state: State, slot: Callable[[int], Tensor | None] = lambda row: None

@@ -5,7 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from benchmarks import report_digits, report_fdm, report_steps, report_training, shapes, targets
+from benchmarks import (
+    report_denoising,
+    report_digits,
+    report_fdm,
+    report_steps,
+    report_training,
+    shapes,
+    targets,
+)
 from benchmarks.report_data import (
     BASELINE,
     NOT_MEASURED,
@@ -285,6 +293,7 @@ def tables(results: list[Result]) -> dict[str, Callable[[], str]]:
                 report_steps.schedulers,
                 ("scheduler", "scheduler_loop", "scheduler_overhead"),
             ),
+            "denoising": (report_denoising.denoising, report_denoising.OPS),
         }
         for name, (make, ops) in kinds.items():
             holding = [r for r in some if any(entry.get("op") in ops for entry in r.entries)]

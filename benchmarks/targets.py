@@ -79,6 +79,15 @@ TARGETS = (
         "ratio",
         2,
     ),
+    *(
+        Target(
+            f"`noised` and `denoising_loss`, images of 1 GiB, noise {noise}",
+            {"op": "denoising_copy", "drawn": noise == "drawn"},
+            "share_of_copy",
+            0.85,
+        )
+        for noise in ("given", "drawn")
+    ),
     Target(
         "`exp_step` of order 3, tensors of 1 GiB", {"op": "exp_step_copy"}, "share_of_copy", 0.9
     ),

@@ -217,13 +217,24 @@ def _coefficients(
             tensors.append(None)
             values.append(*step_checks.numbers(name, [value]))
             continue
-        checks.real(name, value)
-        if value.ndim and value.shape != images.shape[:1]:
-            raise ValueError(
-                f"{name} must be a number, have no axes, or shape ({len(images)},) for the batch of"
-                f" images, {tuple(images.shape)}; got {tuple(value.shape)}"
-            )
-        checks.same_device({"images": images, name: value})
+        if not (
+            value.dtype in checks.REAL_DTYPES
+            and value.layout == torch.strided
+            and value.device == images.device
+            and (value.ndim == 0 or value.shape == images.shape[:1])
+        ):
+            _refuse(name, value, images)
         tensors.append(value)
         values.append(0.0)
     return tensors, values
+
+
+def _refuse(name: str, value: Tensor, images: Tensor) -> None:
+    """Say what is wrong with a coefficient."""
+    checks.real(name, value)
+    if value.ndim and value.shape != images.shape[:1]:
+        raise ValueError(
+            f"{name} must be a number, have no axes, or shape ({len(images)},) for the batch of"
+            f" images, {tuple(images.shape)}; got {tuple(value.shape)}"
+        )
+    checks.same_device({"images": images, name: value})

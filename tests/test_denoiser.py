@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsno_kernels.diffusion import EDM, FDM, VE, FlowMatching, Preconditioner, VPLinear
+from dsno_kernels.diffusion import EDM, FDM, VE, FlowMatching, Preconditioner, Process, VPLinear
 from dsno_kernels.models import DSNO, DSNOConfig, EDMDenoiser, ModelFileError, save
 from tests.helpers import FLOAT64, assert_close
 
@@ -134,6 +134,14 @@ def test_the_process_says_the_preconditioner() -> None:
         EDMDenoiser(network, 0.7, EDM(sigma_data=0.3))
     with pytest.raises(TypeError, match="a VP, VE or EDM process is required"):
         EDMDenoiser(network, process=FlowMatching())
+
+
+@pytest.mark.parametrize("process", [EDM(), FDM(VPLinear(), 2.0), FDM(VE(), damping=1.2)], ids=repr)
+def test_it_compiles_without_a_graph_break(process: Process) -> None:
+    model, x = EDMDenoiser(Recorded(), process=process), torch.randn(2, 1, 2, 2)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for sigma in (torch.tensor([0.5, 9.0]), torch.tensor(2.0)):
+        assert_close(compiled(x, sigma), model(x, sigma), MODEL)
 
 
 def test_a_process_that_holds_a_function_has_no_file(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from dsno_kernels.training.teacher import P_MEAN, P_STD, TeacherTask
 from dsno_kernels.training.weight_warm_up import WeightWarmUp
 from tests.diffusion_problems import golden
 from tests.helpers import assert_close
+from tests.training_runs import losses
 
 # Sums of float32.
 LOSS = 1e-5
@@ -300,6 +301,14 @@ def test_a_momentum_run_continues_to_the_bit_within_its_warm_up(
     assert all(torch.equal(value, whole[name]) for name, value in stopped.items())
     rows = [(tmp_path / name / "loss.csv").read_text() for name in ("stopped", "whole")]
     assert rows[0] == rows[1]
+
+
+def test_parts_of_a_batch_share_the_ceiling_of_their_update(data: Path, tmp_path: Path) -> None:
+    """The warm-up counts updates: not the calls of the loss, as the official one does."""
+    more = "--momentum --warm-up-loss 5"
+    run_to(data, tmp_path / "whole", more, (3,))
+    run_to(data, tmp_path / "parts", f"{more} --accumulate 4", (3,))
+    assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), LOSS)
 
 
 def test_the_file_names_its_process(data: Path, tmp_path: Path) -> None:

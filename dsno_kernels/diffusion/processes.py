@@ -52,8 +52,9 @@ def as_float64(name: str, value: object) -> Tensor:
             raise TypeError(f"{name} must be a real number or a tensor, got {value!r}") from None
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be real, got {value.dtype}")
-    if value.is_inference() and not torch.is_inference_mode_enabled():
-        value = value.clone()
+    # a compiler cannot ask that of a tensor, and makes no inference tensors
+    if not torch.compiler.is_compiling() and value.is_inference():
+        value = value if torch.is_inference_mode_enabled() else value.clone()
     return value.to(torch.float64)
 
 

@@ -196,13 +196,10 @@ def update(called: nn.Module, state: State, task: Task, options: Options, step: 
         The loss of this process's share of the batch, and the norm of the gradient, ``(2,)``.
     """
     device = next(state.model.parameters()).device
-    seeds = np.random.SeedSequence((options.seed, step)).generate_state(2)
-    batch = task.draw(torch.Generator().manual_seed(int(seeds[0])), options.batch)
-    batch["update"] = torch.full((options.batch,), step)
-    torch.manual_seed(int(seeds[1]) + distributed.rank())  # dropout
+    parts, seed = _draw(task, options, step)
+    torch.manual_seed(seed + distributed.rank())  # dropout
     bf16 = options.precision == "bf16"
     total = torch.zeros((), device=device)
-    parts = distributed.parts(batch, options.accumulate)
     for i, part in enumerate(parts):
         with distributed.gradients_stay(called, i < len(parts) - 1):
             with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():

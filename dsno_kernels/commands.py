@@ -43,6 +43,10 @@ COMMANDS = {
         "3. the sampler, which learns the trajectories",
         "dsno_kernels.training.student",
     ),
+    "learn-grid": (
+        "the best times for a solver with few steps, learned from a teacher",
+        "dsno_kernels.time_grids.command",
+    ),
     "sample": (
         "images from noise, one forward pass each",
         "dsno_kernels.sampling.command",

@@ -38,6 +38,6 @@ def write_student(path: Path, classes: int = 0) -> Path:
     return path
 
 
-def write_teacher(path: Path, classes: int = 0) -> Path:
-    dk.models.save(dk.models.EDMDenoiser(network(classes, time_conv=False)), path)
+def write_teacher(path: Path, classes: int = 0, **metadata: object) -> Path:
+    dk.models.save(dk.models.EDMDenoiser(network(classes, time_conv=False)), path, **metadata)
     return path

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))  # the script runs from a checkout, installed or n
 
 import torch  # noqa: E402
 
-from benchmarks import bench_model  # noqa: E402
+from benchmarks import bench_model, bench_training  # noqa: E402
 from benchmarks.bench_spectral_conv import inputs, thunk  # noqa: E402
 from benchmarks.host_cuda import dry_run  # noqa: E402
 from benchmarks.peers import PEERS, PRECISIONS, Unavailable, arithmetic  # noqa: E402
@@ -52,6 +52,11 @@ def run_model(network: str, precision: str, device: torch.device) -> None:
             bench_model.variant(name, case, direction, precision, device)()
 
 
+def run_student(network: str, precision: str, device: torch.device) -> None:
+    for work in bench_training.BUDGETS:
+        bench_training.runner(work, network, True, precision, device)()
+
+
 def parts() -> list[list[Step]]:
     """The steps of each process: hardly a kernel is in two of them."""
     made: dict[tuple[str, bool], list[Step]] = {}
@@ -64,7 +69,12 @@ def parts() -> list[list[Step]]:
         for network in networks
         for precision in bench_model.PRECISIONS[: 1 if dry_run() else None]
     ]
-    return [*made.values(), *models]
+    # The published network has the kernels of `models`.
+    student: list[Step] = [
+        (f"digits {precision}", functools.partial(run_student, "digits", precision))
+        for precision in bench_training.PRECISIONS
+    ]
+    return [*made.values(), *models, student]
 
 
 def compile_part(steps: list[Step], device: torch.device) -> int:

@@ -60,8 +60,10 @@ TABLES = (
     "peers_gpu",
     "overhead_gpu",
     "model_gpu",
+    "student_gpu",
     "exp_step_gpu",
     "schedulers_gpu",
+    "denoising_gpu",
 )
 
 
@@ -80,7 +82,9 @@ BENCHMARKS = {
     "bench_spectral_conv": Benchmarks(480, 0.5, 105, "compile and real"),
     "bench_overhead": Benchmarks(10, 3, 15),
     "bench_model": Benchmarks(43, 2.5, 45),
+    "bench_training": Benchmarks(8, 5, 20),
     "bench_exp_step": Benchmarks(42, 1.3, 20, LARGE_OR_AGAIN),
+    "bench_denoising": Benchmarks(16, 1.5, 15, "16x3 or 256x256 or -2]"),
     "bench_schedulers": Benchmarks(36, 1.2, 20, LARGE_OR_AGAIN, ("pytest", "torch", "diffusers")),
 }
 
@@ -145,7 +149,7 @@ def stages(out: Path, tune: bool, dry_run: bool) -> list[Stage]:
         check = [program, "--tool", tool, "--report-api-errors", "no", *once]
         skip = "" if sanitizer() else "compute-sanitizer is not on PATH"
         skip = f"dry run: {shlex.join(check)}" if dry_run else skip
-        checks.append(Stage(tool, check, 75, 25, ("torch",), skip, uncached))
+        checks.append(Stage(tool, check, 75, 20, ("torch",), skip, uncached))
     made = [
         Stage("info", [python, "-m", "dsno_kernels", "info"], 60, 5, ("torch",)),
         Stage(
@@ -186,7 +190,7 @@ def stages(out: Path, tune: bool, dry_run: bool) -> list[Stage]:
     if tune:
         command = [python, "benchmarks/tune.py", "--budget", "10" if dry_run else "60"]
         command += ["--dry-run", "--arch", "90"] if dry_run else []
-        made.append(Stage("tune", command, 120, 60, ("pytest", "triton")))
+        made.append(Stage("tune", command, 120, 40, ("pytest", "triton")))
     made.append(Stage("report", report(out), 30, 10))
     return made
 

@@ -56,6 +56,11 @@ KEPT = {
         *(f"-{peer.name.replace(' ', '_')}-" for peer in peers.PEERS if peer.when == peers.SOME),
     ],
     "bench_model": ["small-", "small_classes-", "CUDA graph", "one_graph"],
+    "bench_training": [
+        f"[digits-{precision}-{work}]"
+        for work in ("training", "sampling")
+        for precision in ("fp32", "bf16")
+    ],
     "bench_exp_step": [
         *(
             f"{peer}-{step}-1]"
@@ -64,6 +69,11 @@ KEPT = {
         ),
         *("eager-guided-1]", "torch.compile-plain-1]", "overhead[diffusers DEIS-3-guided]"),
         *("test_exp_step_of_one_gib", "test_captured_loop"),
+    ],
+    "bench_denoising": [
+        *("[64x3x32x32-eager-drawn-1]", "[64x3x32x32-torch.compile-given-1]"),
+        *("test_denoising_of_one_gib[drawn]", "test_denoising_of_one_gib[given]"),
+        "test_heun[64x3x32x32-1]",
     ],
     "bench_schedulers": [
         *(f"[{kind}-64" for kind in ("scheduler", "scheduler_loop")),
@@ -118,6 +128,22 @@ def test_steps_are_measured_against_a_copy_and_a_loop_in_a_dry_run(tmp_path: Pat
     assert loop["diffusers_ratio"] == loop["ratio"] and loop["steps"] == 20
     for target in targets.TARGETS[-2:]:
         assert found[target.where["op"]][target.metric] > 0
+
+
+def test_denoising_is_measured_against_a_copy_in_a_dry_run(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.jsonl"
+    done = dry_run(
+        *("-m", "pytest", "benchmarks/bench_denoising.py", "-q", "-p", "no:benchmark"),
+        *("--device", "cpu", "--journal", str(path), "-k", "one_gib"),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    found = [line["extra_info"] for line in journal.read(path) if "name" in line]
+    assert {entry["drawn"] for entry in found} == {True, False}
+    for entry in found:
+        tensors = 5 if entry["drawn"] else 7  # a copy moves two
+        assert entry["share_of_copy"] == pytest.approx(tensors / 2 * entry["ratio"])
+    aims = [target for target in targets.TARGETS if target.where["op"] == "denoising_copy"]
+    assert {target.where["drawn"] for target in aims} == {True, False}
 
 
 @pytest.mark.parametrize("path", gpu.gpu_tests(), ids=lambda path: path.stem)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from unittest import mock
 
@@ -100,21 +98,50 @@ def test_all_processes_stop_together(tmp_path: Path) -> None:
     assert "the checkpoint of step 5 is in" in said[0][2]
 
 
-def test_a_process_that_dies_under_torchrun(tmp_path: Path) -> None:
-    """The second of two is killed after a checkpoint; torchrun starts both again."""
+@pytest.fixture
+def images(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)
-    out, elastic = tmp_path / "two", "--standalone --nproc-per-node=2 --max-restarts=1"
-    module = f"-m tests.training_teacher_ranks {out} 5"
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *elastic.split(), *module.split()],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
+
+
+@pytest.mark.usefixtures("images")
+def test_a_process_that_dies_under_torchrun(tmp_path: Path) -> None:
+    """The second of two is killed after a checkpoint; torchrun starts both again."""
+    out, said = tmp_path / "two", tmp_path / "said"
+    torchrun = ranks.processes().Process(
+        target=training_teacher_ranks.under_torchrun, args=(out, 5, said)
     )
-    assert run.returncode == 0, run.stderr
-    assert "exitcode: -9" in run.stderr
-    assert run.stdout.count(f"Wrote {out}") == 1
+    torchrun.start()
+    torchrun.join()
+    assert torchrun.exitcode == 0
+    assert "exitcode: -9" in (said / "torchrun.log").read_text()
+    printed = "".join(path.read_text() for path in said.rglob("stdout.log"))
+    assert printed.count(f"Wrote {out}") == 1
+    assert len(list(said.rglob("stderr.log"))) == 4
+    assert not any("Traceback" in path.read_text() for path in said.rglob("stderr.log"))
     assert training_teacher_ranks.train(tmp_path / "one") == 0
     assert_close(losses(out), losses(tmp_path / "one"), LOSS)
+
+
+@pytest.mark.usefixtures("images")
+def test_who_outlives_another_process_says_so(tmp_path: Path) -> None:
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    started = []
+    for rank in range(2):
+        mine = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": "0"}
+        words = (tmp_path / "two", 5, tmp_path / f"{rank}.txt", shared | mine)
+        process = ranks.processes().Process(target=training_teacher_ranks.survivor, args=words)
+        process.start()
+        started.append(process)
+    for process in started:
+        process.join(300)
+        process.kill()
+    assert [process.exitcode for process in started] == [2, -signal.SIGKILL]
+    said = (tmp_path / "0.txt").read_text()
+    assert said.splitlines()[-1] == (
+        "train teacher (rank 0): another process of this run has ended; what it said is the"
+        " reason, and the same command continues"
+    )
+    assert "Traceback" not in said

@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from dsno_kernels.models import DSNO
 from dsno_kernels.training.errors import CommandError
 
+# How gloo and NCCL say that another process of the group has gone.
+PEER_GONE = ("gloo/transport", "ncclRemoteError", "remote process exited")
+
 
 def rank() -> int:
     """Of this process in the group; 0 without one."""
@@ -39,7 +42,8 @@ def started(device: str = "auto") -> Iterator[torch.device]:
         device: "cpu", "cuda" or "auto" (a GPU where there is one).
 
     Raises:
-        CommandError: no CUDA device, or fewer than processes on this machine.
+        CommandError: no CUDA device, or fewer than processes on this machine; within it, another
+        process that has ended.
     """
     chosen = choose_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
@@ -55,6 +59,13 @@ def started(device: str = "auto") -> Iterator[torch.device]:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     try:
         yield chosen
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in PEER_GONE):
+            raise
+        raise CommandError(
+            "another process of this run has ended; what it said is the reason, and the same"
+            " command continues"
+        ) from None
     finally:
         dist.destroy_process_group()
 

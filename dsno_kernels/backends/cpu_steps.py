@@ -194,7 +194,8 @@ def solver_step(
     )
     strides = _dense.dense_strides(point, per_sample)
     K = (len(values) if table is None else table.shape[-1]) // 2 - 3
-    inputs = [point, output, unconditional, base, noise, *_newest_first(history, head)[: K - 1]]
+    entries = history if head is None else _newest_first(history, head)
+    inputs = [point, output, unconditional, base, noise, *entries[: K - 1]]
     entry = None
     if ring is not None:
         entry = ring[slot if head is None else (int(head) + 1) % ring.shape[0]]
@@ -204,7 +205,7 @@ def solver_step(
     pairs, _copies = _pairs_in_order(inputs, strides)
     targets = (new_base, None, entry, None)
     outputs = [
-        _result(point, strides, target, dtype)
+        None if target is None and dtype is None else _result(point, strides, target, dtype)
         for target, dtype in zip(targets, dtypes, strict=True)
     ]
     where, row, _alive = _rows(table, index, values)
@@ -237,11 +238,11 @@ def solver_step(
         looks_ahead,
         _threads(elements),
     )
-    for target, x in zip(targets, outputs, strict=True):
+    for target, x in ((new_base, outputs[0]), (entry, outputs[2])):
         if target is not None and x is not None and x is not target:
             target.copy_(x)
     return [
-        None if x is None or dtype is None else x if x.dtype == dtype else x.to(dtype)
+        None if x is None or dtype is None else x if x.dtype is dtype else x.to(dtype)
         for x, dtype in zip(outputs, dtypes, strict=True)
     ]
 
@@ -256,6 +257,8 @@ def _result(
             return target
     if dtype is None:
         return None
+    if dtype is point.dtype and dtype in _DTYPES and point.stride() == strides:
+        return torch.empty_like(point)  # in less time than the next line takes
     return torch.empty_strided(point.shape, strides, dtype=_kernel_dtype(dtype))
 
 

@@ -122,8 +122,9 @@ def solver_step(
     name = checks.backend(backend)
     entries, ring_head = step_checks.history_entries(history, head, point)
     step_checks.all_like(_NAMES, (output, *entries), point, of="point")
-    optional = (unconditional, base, noise)
-    step_checks.all_like(_OPTIONAL, optional, point, optional=True, of="point")
+    if not (unconditional is None and base is None and noise is None):
+        optional = (unconditional, base, noise)
+        step_checks.all_like(_OPTIONAL, optional, point, optional=True, of="point")
     if isinstance(table, Tensor):
         rows, index = step_checks.table_rows("table", table, index, point)
         values: list[float] = []

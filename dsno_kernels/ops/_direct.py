@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+# Looked up once: a step asks them at each call.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_tracing_state = torch._C._get_tracing_state
+_profiler_enabled = torch._C._autograd._profiler_enabled
 
 
 def runs_directly(tensors: Iterable[Tensor | None]) -> bool:
@@ -18,10 +23,10 @@ def runs_directly(tensors: Iterable[Tensor | None]) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or _dispatch_modes()
+        or _function_modes()
+        or _tracing_state() is not None
+        or _profiler_enabled()
     ):
         return False
     for x in tensors:

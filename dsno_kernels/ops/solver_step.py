@@ -24,7 +24,7 @@ from dsno_kernels.ops.exp_step import per_sample as rows_per_sample
 Results = list[Tensor | None]  # base', point', h_0, the model's next input; None: not wanted
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass
 class Step:
     """The inputs of one step, as `reference_steps.solver_step` takes them."""
 
@@ -122,7 +122,7 @@ def _run_step(
     if step.seed is not None and module is not reference and not _in_order_of_shape(step):
         step = dataclasses.replace(step, noise=_noise(step, dtype, backend), seed=None)
     found: Results = module.solver_step(
-        **step.named,
+        **vars(step),
         dtypes=dtypes,
         new_base=memory.base,
         ring=memory.ring,
@@ -195,7 +195,7 @@ def solver_step(
     """One step. `threshold`: (ratio, max_value, definition). `dtypes`: None where no result is
     wanted.
     """
-    graph = records_graph([*step.tensors, step.table, step.guidance])
+    graph = torch.is_grad_enabled() and records_graph([*step.tensors, step.table, step.guidance])
     if graph or under_transform():
         return _composed(step, threshold, dtypes, backend)
     if threshold is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import report_fdm
+from benchmarks import report_fdm, report_ld3
 from benchmarks.report_data import BASELINE, PASS_TITLES, PRECISIONS, Result, cases, ours
 
 
@@ -20,9 +20,10 @@ def draw(results: list[Result], folder: Path) -> list[Path]:
         if some:
             plot(some, folder / name)
             drawn.append(folder / name)
-    if some := [result for result in results if result.select(op="fdm")]:
-        report_fdm.draw(some, folder / "fdm.png")
-        drawn.append(folder / "fdm.png")
+    for module, name in ((report_fdm, "fdm"), (report_ld3, "ld3")):
+        if some := [result for result in results if result.select(op=name)]:
+            module.draw(some, folder / f"{name}.png")
+            drawn.append(folder / f"{name}.png")
     return drawn
 
 

@@ -9,6 +9,7 @@ from benchmarks import (
     report_denoising,
     report_digits,
     report_fdm,
+    report_ld3,
     report_steps,
     report_training,
     shapes,
@@ -288,6 +289,7 @@ def tables(results: list[Result]) -> dict[str, Callable[[], str]]:
             "student": (report_training.student, ("student",)),
             "digits": (report_digits.distances, ("digits",)),
             "fdm": (report_fdm.tables, ("fdm",)),
+            "ld3": (report_ld3.tables, ("ld3",)),
             "exp_step": (report_steps.exp_step, ("exp_step", "exp_step_overhead")),
             "schedulers": (
                 report_steps.schedulers,

@@ -8,9 +8,15 @@
 
 #include "simd.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace DSNO_ISA {
 
-constexpr int kPhilox = 16;  // blocks at a time: loops over them become vectors
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint64_t Wide __attribute__((vector_size(4 * kLanes)));
 
 DSNO_INLINE Vec square_root(Vec x) {
 #if defined(__AVX512F__)
@@ -23,15 +29,39 @@ DSNO_INLINE Vec square_root(Vec x) {
 #endif
 }
 
+// The products of the lower halves of 64-bit lanes with a factor.
+DSNO_INLINE Wide products(Wide x, uint32_t factor) {
+#if defined(__AVX512F__)
+    return (Wide)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(factor));
+#elif defined(__AVX2__)
+    return (Wide)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(factor));
+#elif defined(__SSE2__)
+    return (Wide)_mm_mul_epu32((__m128i)x, _mm_set1_epi64x(factor));
+#else
+    for (int i = 0; i < kLanes / 2; ++i) x[i] = (x[i] & 0xffffffffu) * factor;
+    return x;
+#endif
+}
+
+// The upper and lower halves of the products of words with a factor.
+DSNO_INLINE void multiply(Words x, uint32_t factor, Words* high, Words* low) {
+    const Wide even = products((Wide)x, factor), odd = products((Wide)x >> 32, factor);
+    const Wide lower = Wide{} + 0xffffffffu;
+    *high = (Words)(even >> 32 | (odd & ~lower));
+    *low = (Words)((even & lower) | odd << 32);
+}
+
+// In (0, 1].
+DSNO_INLINE Vec uniform(Words r) { return __builtin_convertvector(r, Vec) * 0x1p-32f + 0x1p-33f; }
+
 // -2 log v for v in (0, 1]: v = 2^e m, m in [sqrt(1/2), sqrt(2)), and a polynomial in m - 1
 // (Cephes, logf).
-DSNO_INLINE float minus_two_log(float v) {
-    const uint32_t bits = to_bits(v);
-    const int32_t e = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
-    const float f = from_bits(bits - (static_cast<uint32_t>(e) << 23)) - 1.0f;
-    const float z = f * f, power = static_cast<float>(e);
-    float p = 7.0376836292e-2f;
-    p = p * f - 1.1514610310e-1f;
+DSNO_INLINE Vec minus_two_log(Vec v) {
+    const Words bits = (Words)v;
+    const Ints e = (Ints)(bits - 0x3f3504f3u) >> 23;
+    const Vec f = (Vec)(bits - ((Words)e << 23)) - 1.0f;
+    const Vec z = f * f, power = __builtin_convertvector(e, Vec);
+    Vec p = 7.0376836292e-2f * f - 1.1514610310e-1f;
     p = p * f + 1.1676998740e-1f;
     p = p * f - 1.2420140846e-1f;
     p = p * f + 1.4249322787e-1f;
@@ -45,69 +75,88 @@ DSNO_INLINE float minus_two_log(float v) {
 
 // cos and sin of 2 pi v for v in (0, 1]: v = quarter / 4 + r, and polynomials in 2 pi r (Cephes,
 // sinf and cosf).
-DSNO_INLINE void turn(float v, float* cosine, float* sine) {
-    const int32_t quarter = static_cast<int32_t>(v * 4.0f + 0.5f);
-    const float x = (v - 0.25f * static_cast<float>(quarter)) * 6.28318530717958648f, z = x * x;
-    float s = -1.9515295891e-4f;
-    s = s * z + 8.3321608736e-3f;
+DSNO_INLINE void turn(Vec v, Vec* cosine, Vec* sine) {
+    const Ints quarter = __builtin_convertvector(v * 4.0f + 0.5f, Ints);
+    const Vec x = (v - 0.25f * __builtin_convertvector(quarter, Vec)) * 6.28318530717958648f;
+    const Vec z = x * x;
+    Vec s = -1.9515295891e-4f * z + 8.3321608736e-3f;
     s = s * z - 1.6666654611e-1f;
     s = s * z * x + x;
-    float c = 2.443315711809948e-5f;
-    c = c * z - 1.388731625493765e-3f;
+    Vec c = 2.443315711809948e-5f * z - 1.388731625493765e-3f;
     c = c * z + 4.166664568298827e-2f;
     c = c * z * z - 0.5f * z + 1.0f;
-    const float swapped_c = quarter & 1 ? -s : c, swapped_s = quarter & 1 ? c : s;
-    *cosine = quarter & 2 ? -swapped_c : swapped_c;
-    *sine = quarter & 2 ? -swapped_s : swapped_s;
+    // An odd quarter swaps the two; the cosine is negative in quarters 1 and 2, the sine in 2, 3.
+    const Words odd = (Words) - (quarter & 1), cs = (Words)c, sn = (Words)s;
+    *cosine = (Vec)(((cs & ~odd) | (sn & odd)) ^ ((Words)(quarter + 1) & 2u) << 30);
+    *sine = (Vec)(((sn & ~odd) | (cs & odd)) ^ ((Words)quarter & 2u) << 30);
 }
 
-// The kPhilox blocks of counters from q on: 4 kPhilox normal numbers.
-static void normal_blocks(uint64_t seed, uint64_t offset, uint64_t q, float* out) {
-    uint32_t r[4][kPhilox];
-    for (int i = 0; i < kPhilox; ++i) {
-        const uint64_t counter = q + static_cast<uint64_t>(i);
-        r[0][i] = static_cast<uint32_t>(counter);
-        r[1][i] = static_cast<uint32_t>(counter >> 32);
-        r[2][i] = static_cast<uint32_t>(offset);
-        r[3][i] = static_cast<uint32_t>(offset >> 32);
-    }
+// A 4 x 4 transpose within each 16 bytes of four vectors.
+DSNO_INLINE void transpose_quarters(Vec (&x)[4]) {
+#if defined(__AVX512F__)
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(x[2], x[3]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(x[2], x[3]));
+    x[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    x[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    x[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    x[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+#elif defined(__AVX2__)
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(x[0], x[1]));
+    const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(x[0], x[1]));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(x[2], x[3]));
+    const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(x[2], x[3]));
+    x[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+    x[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+    x[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+    x[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+#else
+    transpose(x);
+#endif
+}
+
+// The kLanes blocks of counters from q on: 4 kLanes normal numbers.
+DSNO_INLINE void normal_blocks(uint64_t seed, uint64_t offset, uint64_t q, float* out) {
+    Words r[4], place;
+    for (unsigned i = 0; i < kLanes; ++i) place[i] = i % 4 * (kLanes / 4) + i / 4;
+    r[0] = place + static_cast<uint32_t>(q);
+    r[1] = static_cast<uint32_t>(q >> 32) - (Words)(r[0] < place);  // a carry is a mask of -1
+    r[2] = Words{} + static_cast<uint32_t>(offset);
+    r[3] = Words{} + static_cast<uint32_t>(offset >> 32);
     uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
     for (int round = 0; round < 10; ++round) {
-        for (int i = 0; i < kPhilox; ++i) {
-            const uint64_t first = uint64_t{0xD2511F53u} * r[0][i];
-            const uint64_t second = uint64_t{0xCD9E8D57u} * r[2][i];
-            r[0][i] = static_cast<uint32_t>(second >> 32) ^ r[1][i] ^ key[0];
-            r[1][i] = static_cast<uint32_t>(second);
-            r[2][i] = static_cast<uint32_t>(first >> 32) ^ r[3][i] ^ key[1];
-            r[3][i] = static_cast<uint32_t>(first);
-        }
+        Words high[2], low[2];
+        multiply(r[0], 0xD2511F53u, &high[0], &low[0]);
+        multiply(r[2], 0xCD9E8D57u, &high[1], &low[1]);
+        r[0] = high[1] ^ r[1] ^ key[0];
+        r[1] = low[1];
+        r[2] = high[0] ^ r[3] ^ key[1];
+        r[3] = low[0];
         key[0] += 0x9E3779B9u;
         key[1] += 0xBB67AE85u;
     }
+    Vec z[4];
     for (int pair = 0; pair < 2; ++pair) {
-        float radius[kPhilox], cosine[kPhilox], sine[kPhilox];
-        for (int i = 0; i < kPhilox; ++i) {
-            radius[i] = minus_two_log(static_cast<float>(r[2 * pair][i]) * 0x1p-32f + 0x1p-33f);
-            turn(static_cast<float>(r[2 * pair + 1][i]) * 0x1p-32f + 0x1p-33f, &cosine[i],
-                 &sine[i]);
-        }
-        for (int i = 0; i < kPhilox; i += kLanes) store(radius + i, square_root(load(radius + i)));
-        for (int i = 0; i < kPhilox; ++i) {
-            out[4 * i + 2 * pair] = radius[i] * cosine[i];
-            out[4 * i + 2 * pair + 1] = radius[i] * sine[i];
-        }
+        const Vec radius = square_root(minus_two_log(uniform(r[2 * pair])));
+        Vec cosine, sine;
+        turn(uniform(r[2 * pair + 1]), &cosine, &sine);
+        z[2 * pair] = radius * cosine;
+        z[2 * pair + 1] = radius * sine;
     }
+    transpose_quarters(z);
+    for (int k = 0; k < 4; ++k) store(out + k * kLanes, z[k]);
 }
 
 // Room for `normal_block`: the numbers of whole calls of `normal_blocks` around a block.
-constexpr int64_t normal_room(int64_t count) { return count + 8 * kPhilox; }
+constexpr int64_t normal_room(int64_t count) { return count + 8 * kLanes; }
 
 // The normal numbers of elements [start, start + count); returns where in `buffer` they begin.
 static inline const float* normal_block(const uint64_t* seed, int64_t start, int64_t count,
                                         float* buffer) {
     const int64_t first = start / 4;
     const int64_t blocks = ceil_div(start + count, 4) - first;
-    for (int64_t q = 0; q < blocks; q += kPhilox) {
+    for (int64_t q = 0; q < blocks; q += kLanes) {
         normal_blocks(seed[0], seed[1], static_cast<uint64_t>(first + q), buffer + 4 * q);
     }
     return buffer + (start - 4 * first);

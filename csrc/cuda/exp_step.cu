@@ -1,6 +1,7 @@
 #include <stdexcept>
 
 #include "abs_rank.cuh"
+#include "denoising.cuh"
 #include "exp_step.cuh"
 #include "launch_step.h"
 #include "solver_step.cuh"
@@ -16,8 +17,9 @@ struct Kernel {
 
 #define DSNO_KERNEL_ROW(name, Params, function) \
     {#name, reinterpret_cast<const void*>(&name), sizeof(Params)},
-const Kernel kKernels[] = {DSNO_EXP_STEP_KERNELS(DSNO_KERNEL_ROW) DSNO_SOLVER_STEP_KERNELS(
-    DSNO_KERNEL_ROW) DSNO_ABS_RANK_KERNELS(DSNO_KERNEL_ROW)};
+const Kernel kKernels[] = {
+    DSNO_EXP_STEP_KERNELS(DSNO_KERNEL_ROW) DSNO_SOLVER_STEP_KERNELS(DSNO_KERNEL_ROW)
+        DSNO_ABS_RANK_KERNELS(DSNO_KERNEL_ROW) DSNO_DENOISING_KERNELS(DSNO_KERNEL_ROW)};
 #undef DSNO_KERNEL_ROW
 
 }  // namespace

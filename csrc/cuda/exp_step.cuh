@@ -95,15 +95,6 @@ struct ExpStepBackwardParams {
     Rows rows;
 };
 
-constexpr int kWarps = kThreads / 32;
-
-template <typename A>
-__device__ inline A warp_sum(A x) {
-#pragma unroll
-    for (int lanes = 16; lanes; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
-    return x;
-}
-
 // U vectors of N elements for each thread, `step` elements apart: c_j g where it is wanted, and the
 // dot products of each warp. Sums are short: U N products in a thread, then 32 threads.
 template <int DTYPE, int N, int U, typename A>

@@ -7,8 +7,8 @@
 
 namespace dsno {
 
-// Names of the kernels of exp_step.cuh, solver_step.cuh and abs_rank.cuh; their places are the ids
-// that launch_step takes.
+// Names of the kernels of exp_step.cuh, solver_step.cuh, abs_rank.cuh and denoising.cuh; their
+// places are the ids that launch_step takes.
 std::vector<std::string> step_kernels();
 
 // Launch one kernel on a stream of the current device. `params` holds the bytes of the kernel's

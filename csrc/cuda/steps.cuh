@@ -188,6 +188,15 @@ __device__ inline void for_elements(i64 sample, i64 size, i64 part, i64 parts, c
     }
 }
 
+constexpr int kWarps = kThreads / 32;
+
+template <typename A>
+__device__ inline A warp_sum(A x) {
+#pragma unroll
+    for (int lanes = 16; lanes; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+    return x;
+}
+
 }  // namespace dsno
 
 #define DSNO_DEFINE_STEP_KERNEL(name, Params, function)                                 \

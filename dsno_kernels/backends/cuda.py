@@ -22,6 +22,7 @@ from dsno_kernels.backends._launch import (
     uncovered_capability,
 )
 from dsno_kernels.backends._transforms import Plan
+from dsno_kernels.backends.cuda_denoising import Denoising
 from dsno_kernels.backends.cuda_steps import Steps
 
 # kApi of bind_cuda.cpp.
@@ -104,3 +105,7 @@ exp_step = _steps.exp_step
 exp_step_backward = _steps.exp_step_backward
 solver_step = _steps.solver_step
 abs_rank = _steps.abs_rank
+
+_denoising = Denoising(_launch_step)
+noised = _denoising.noised
+denoising_loss = _denoising.denoising_loss

@@ -60,7 +60,9 @@ _EXP_STEP = struct.Struct(f"<{5 + 2 * (2 + _TERMS) + 8}q{_COLUMNS}d")
 def source_of(kernel: str) -> str:
     """The file of a kernel in csrc/cuda."""
     return next(
-        f"{op}.cuh" for op in ("exp_step", "solver_step", "abs_rank") if kernel.startswith(op)
+        f"{op}.cuh"
+        for op in ("exp_step", "solver_step", "abs_rank", "denoising")
+        if kernel.startswith(op)
     )
 
 

@@ -24,6 +24,7 @@ from dsno_kernels.backends._launch import (
     raw_stream,
 )
 from dsno_kernels.backends._transforms import THREADS, Plan
+from dsno_kernels.backends.cuda_denoising import Denoising
 from dsno_kernels.backends.cuda_steps import Steps, source_of
 
 _MIN_CAPABILITY = (8, 0)
@@ -122,3 +123,7 @@ exp_step = _steps.exp_step
 exp_step_backward = _steps.exp_step_backward
 solver_step = _steps.solver_step
 abs_rank = _steps.abs_rank
+
+_denoising = Denoising(_launch_step)
+noised = _denoising.noised
+denoising_loss = _denoising.denoising_loss

@@ -23,6 +23,7 @@ inline void sincospif(float x, float* sine, float* cosine) {
 }
 
 #include "abs_rank.cuh"
+#include "denoising.cuh"
 #include "exp_step.cuh"
 #include "solver_step.cuh"
 
@@ -43,8 +44,9 @@ struct Row {
 
 #define DSNO_KERNEL_ROW(name, Params, function) \
     {#name, sizeof(dsno::Params), run<dsno::Params, name>},
-const Row kKernels[] = {DSNO_EXP_STEP_KERNELS(DSNO_KERNEL_ROW) DSNO_SOLVER_STEP_KERNELS(
-    DSNO_KERNEL_ROW) DSNO_ABS_RANK_KERNELS(DSNO_KERNEL_ROW)};
+const Row kKernels[] = {
+    DSNO_EXP_STEP_KERNELS(DSNO_KERNEL_ROW) DSNO_SOLVER_STEP_KERNELS(DSNO_KERNEL_ROW)
+        DSNO_ABS_RANK_KERNELS(DSNO_KERNEL_ROW) DSNO_DENOISING_KERNELS(DSNO_KERNEL_ROW)};
 #undef DSNO_KERNEL_ROW
 
 void read(void* to, size_t bytes, std::FILE* file) {

@@ -7,7 +7,7 @@ Trains a teacher for each process (edm, vp, ve), without and with momentum, and 
 `train teacher` with the same network, batches and noise; stops at some numbers of updates, draws
 images there with DPM-Solver++(2M) on EDM's grid, and measures their Fréchet distance as `evaluate`
 does. Every measurement is on disk at once, so that a run that was stopped continues when it is
-started again. Writes `fdm-<machine>.json` into the folder of results.
+started again. Writes `fdm-<machine>.json` into the folder of results, anew after every training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -155,10 +155,19 @@ def main(argv: list[str] | None = None) -> int:
         "--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of JSON files"
     )
     parser.add_argument("--smoke", action="store_true", help="a few updates of each command")
+    parser.add_argument(
+        "--updates",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"at which a training is measured; default: {' '.join(map(str, Size().updates))}",
+    )
     options = parser.parse_args(argv)
     options.folder.mkdir(parents=True, exist_ok=True)
     options.results.mkdir(parents=True, exist_ok=True)
     size = SMOKE if options.smoke else Size()
+    if options.updates:
+        size = replace(size, updates=tuple(sorted(set(options.updates))))
     lines = options.folder / "journal.jsonl"
     device = torch.device("cpu")
     about = {
@@ -171,10 +180,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for run in runs(size):
             measure(run, size, options.folder, reference, lines)
+            path = journal.write_results(lines, options.results)
     except subprocess.CalledProcessError as error:
         print(f"fdm: stopped; the command above ended with {error.returncode}", file=sys.stderr)
         return 2
-    print(f"\nfdm: wrote {journal.write_results(lines, options.results)}")
+    print(f"\nfdm: wrote {path}")
     return 0
 
 

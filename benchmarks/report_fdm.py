@@ -18,17 +18,24 @@ def tables(results: list[Result]) -> str:
     for result in results:
         entries = result.select(op="fdm")
         some = entries[0]
-        seeds = sorted({entry["seed"] for entry in entries})
         parts += [
             caption(result, "fdm"),
-            f"Fréchet distance, base / with momentum, {some['images']:,} images a measurement,"
-            f" mean ± standard deviation over {len(seeds)} seeds. Bold: better in every one of"
-            f" them. Features: {some['features']}.",
+            f"Fréchet distance, base / with momentum, {some['images']:,} images a measurement by"
+            f" DPM-Solver++(2M), mean ± standard deviation over {seeds(entries)}. Bold: better in"
+            f" every one of them. Features: {some['features']}.",
             _table("updates", by_updates(entries)),
             _table("evaluations", by_evaluations(entries)),
             verdict(entries),
         ]
     return "\n\n".join(parts)
+
+
+def seeds(entries: list[Entry]) -> str:
+    """How many there are of a measurement; a run that has not ended has more of some."""
+    pairs = _cells(entries, "updates", "evaluations").values()
+    counts = sorted(len(one) for pair in pairs for one in pair if one)
+    some = "" if counts[0] == counts[-1] else f"{counts[0]} to "
+    return f"{some}{counts[-1]} seed{'s' * (counts[-1] > 1)}"
 
 
 def by_updates(entries: list[Entry]) -> list[Entry]:

@@ -58,8 +58,16 @@ def test_the_tables_show_what_was_measured(results: Path) -> None:
     text = tables(load(results))["fdm_cpu"]()
     assert "| VE | 8.25 ± 0.35 / **6.75 ± 1.06** | **4.25 ± 0.35** / 5.25 ± 1.06 |" in text
     assert "| VE | 5.00 ± 0.00 / 5.00 ± 0.71 | **4.25 ± 0.35** / 5.25 ± 1.06 |" in text
-    assert "over 2 seeds" in text and "1,500 images" in text
+    assert "over 2 seeds" in text and "DPM-Solver++(2M)" in text and "1,500 images" in text
     assert "better in every seed in 1 of 3 cases, worse in every seed in 1; in the other 1" in text
+
+
+def test_a_run_that_has_not_ended_says_so() -> None:
+    """Who wins is then decided on the seeds that both have."""
+    some = [entry(False, 0, 20, 12, 3.0), entry(True, 0, 20, 12, 2.0), entry(False, 1, 20, 12, 1.0)]
+    assert report_fdm.seeds(some) == "1 to 2 seeds"
+    assert report_fdm.seeds(some[:2]) == "1 seed"
+    assert "better in every seed in 1 of 1 cases" in report_fdm.verdict(some)
 
 
 def test_the_picture_is_drawn(results: Path, tmp_path: Path) -> None:
@@ -100,10 +108,10 @@ def test_a_smoke_run_measures_everything_and_continues(
 
     monkeypatch.setattr(fdm_digits, "execute", here)
     assert fdm_digits.main(arguments) == 2
-    assert not list(tmp_path.glob("*.json"))
+    (path,) = tmp_path.glob("fdm-*.json")
+    assert len(json.loads(path.read_text())["benchmarks"]) == 3  # of the training that ended
     assert fdm_digits.main(arguments) == 0
     assert len(ran) == 5  # two runs of two stops, and the one that was stopped
-    (path,) = tmp_path.glob("fdm-*.json")
     entries = [one["extra_info"] for one in json.loads(path.read_text())["benchmarks"]]
     cases = {(e["momentum"], e["updates"], e["evaluations"]) for e in entries}
     assert cases == {(m, u, n) for m in (False, True) for u, n in [(1, 3), (2, 3), (2, 2)]}

@@ -12,7 +12,8 @@ the quantization into waves),
 
 with the rates of one multiprocessor. Alone on its multiprocessor a program waits for memory and
 stores without multiplying; q programs hide that from each other. The model leaves out shared memory
-conflicts, instruction scheduling and the epilogue's arithmetic: it orders candidates, no more.
+conflicts, instruction scheduling, the epilogue's arithmetic and what real bins save
+(`Architecture.real_bins`): it orders candidates, no more.
 """
 
 from __future__ import annotations

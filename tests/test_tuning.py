@@ -70,6 +70,7 @@ BROKEN: dict[str, tuple[Callable[[Any], None], str]] = {
         lambda data: data.update(multiprocessors=0),
         "multiprocessors is 0; give a positive",
     ),
+    "real bins": (lambda data: data.update(real_bins=1), "real_bins is 1; expected bool"),
     "fp32 method": (lambda data: data.update(fp32_method="fp8"), "fp32_method is 'fp8'"),
     "row of a wrong type": (lambda data: data["rows"].append(3), r"row \d+: expected an object"),
     "row without a field": (lambda data: data["rows"][1].pop("tile"), "row 2: fields are"),

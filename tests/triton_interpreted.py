@@ -18,7 +18,14 @@ from torch import Tensor
 import dsno_kernels as dk
 from dsno_kernels.backends import reference
 from dsno_kernels.backends import triton as backend
-from dsno_kernels.backends.triton import configs, launch, weight_grad
+from dsno_kernels.backends.triton import (
+    configs,
+    kernels_general,
+    kernels_weight_grad,
+    launch,
+    weight_grad,
+)
+from dsno_kernels.backends.triton.arithmetic import multiply_add
 from tests.helpers import BUDGETS, IO_BUDGET, assert_close
 
 SLOPE = 0.1
@@ -88,8 +95,8 @@ def check_conv(budget: float, x: Tensor, weight: Tensor, **options: Any) -> None
 
 
 def table_with(fp32: str) -> configs.Architecture:
-    """A table whose fp32 products and transforms use the given method."""
-    return next(t for t in configs.ARCHITECTURES.values() if t.fp32_method == fp32)
+    """The newest table whose fp32 products and transforms use the given method."""
+    return [t for t in configs.ARCHITECTURES.values() if t.fp32_method == fp32][-1]
 
 
 @pytest.mark.parametrize("method", ["ieee", "tf32x3"])
@@ -320,16 +327,53 @@ def test_spectra_between_kernels_keep_the_range_of_float32() -> None:
         assert_close(y[..., pixel], expected[0][..., pixel], BUDGETS["tf32"])
 
 
-@pytest.mark.parametrize("n", [9, 16])
-def test_dead_weights_do_not_disturb_what_is_stored_with_them(n: int) -> None:
-    """The imaginary parts of bin 0 and of the Nyquist bin reach no output, whatever they hold."""
+@pytest.mark.parametrize("precision", BUDGETS)
+@pytest.mark.parametrize("n", [4, 9, 16])
+def test_weights_that_reach_nothing_are_not_read(
+    n: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The imaginary parts of bin 0 and of the Nyquist bin, whatever they hold."""
+    monkeypatch.setattr(launch, "architecture", lambda device: configs.ARCHITECTURES[9, 0])
     x, weight = torch.randn(1, n, 5, 3), torch.randn(5, 5, n // 2 + 1, 2)
-    weight[:, :, 0, 1] = 1e30
-    if n % 2 == 0:
-        weight[:, :, -1, 1] = 1e30
-    y = backend.spectral_conv(x, weight, time_dim=1, channel_dim=2, n=n, precision="tf32")[0]
-    expected = reference.spectral_conv(x.double(), weight.double(), time_dim=1, channel_dim=2, n=n)
-    assert_close(y, expected[0], BUDGETS["tf32"])
+    options = {"time_dim": 1, "channel_dim": 2, "n": n}
+    expected = reference.spectral_conv(x.double(), weight.double(), **options)[0]
+    weight[:, :, [0] if n % 2 else [0, -1], 1] = float("nan")
+    y = backend.spectral_conv(x, weight, precision=precision, **options)[0]
+    assert_close(y, expected, BUDGETS[precision])
+
+
+@pytest.mark.parametrize(
+    ("T", "n", "modes", "real"),
+    [(16, 16, 9, 2), (16, 16, 8, 1), (9, 9, 5, 1), (16, 18, 9, 1), (18, 16, 9, 1)],
+)
+@pytest.mark.parametrize("capability", [(8, 6), (9, 0)], ids="sm_{0[0]}{0[1]}".format)
+def test_a_real_bin_is_one_product_where_registers_allow(
+    T: int,
+    n: int,
+    modes: int,
+    real: int,
+    capability: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def counted(a: Any, b: Any, acc: Any, METHOD: Any) -> Any:
+        seen.append(METHOD)
+        return multiply_add(a, b, acc, METHOD)
+
+    for module in (kernels_general, kernels_weight_grad):
+        monkeypatch.setattr(module, "multiply_add", counted)
+    table = configs.ARCHITECTURES[capability]
+    assert table.real_bins is (capability == (9, 0))
+    monkeypatch.setattr(launch, "architecture", lambda device: table)
+    expected = 4 * modes - 3 * real * table.real_bins
+    x, y, weight = torch.randn(1, T, 5, 3), torch.randn(1, n, 5, 3), torch.randn(5, 5, modes, 2)
+    axes = {"time_dim": 1, "channel_dim": 2, "precision": "bf16x3"}  # not that of the transforms
+    backend.spectral_conv(x, weight, n=n, **axes)
+    assert seen.count("bf16x3") == expected
+    seen.clear()
+    backend.spectral_conv_weight_grad(x, y, modes, **axes)
+    assert seen.count("bf16x3") == expected
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), 3e38])

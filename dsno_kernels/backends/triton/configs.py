@@ -42,7 +42,13 @@ CLASSES = {
     "truncated_irfft": ("",),
 }
 SOURCE = re.compile(r"compiled|(modeled|measured): .+")
-_HEAD = {"architecture": str, "fp32_method": str, "transform_method": str, "multiprocessors": int}
+_HEAD = {
+    "architecture": str,
+    "fp32_method": str,
+    "transform_method": str,
+    "real_bins": bool,
+    "multiprocessors": int,
+}
 _ROW = {
     "kernel": str,
     "method": str,
@@ -73,6 +79,9 @@ class Architecture:
 
     fp32_method: str
     transform_method: str  # of the thin transforms of the general kernels: float32-accurate
+    # Whether planar kernels have a loop of its own for bins that are real: one product, not four.
+    # It takes registers, and where both operands of a product are in registers, some rows spill.
+    real_bins: bool
     multiprocessors: int  # of the GPU that the table is for: A100, RTX A6000, H200
     rows: dict[RowKey, Config]
 
@@ -128,9 +137,7 @@ def parse(data: Any, name: str) -> Architecture:
     for key in _needed(data["fp32_method"], data["transform_method"], rows):
         if key not in rows:
             raise ValueError(f"{name} has no row for {' '.join(key).strip()}: add one")
-    return Architecture(
-        data["fp32_method"], data["transform_method"], data["multiprocessors"], rows
-    )
+    return Architecture(**{name: data[name] for name in _HEAD if name != "architecture"}, rows=rows)
 
 
 def _parse_row(row: Any, place: str) -> tuple[RowKey, Config]:

@@ -75,6 +75,23 @@ def load_bin(ptr, mask, plane, METHOD: tl.constexpr):
 
 
 @triton.jit
+def load_real(ptr, mask, METHOD: tl.constexpr):
+    """Operands of the real part of a tile of a bin."""
+    if planes(ptr) == 1:
+        re, _ = unpack_complex(tl.load(ptr, mask=mask, other=0))
+        operands = re, re
+    else:
+        operands = split(as_operand(tl.load(ptr, mask=mask, other=0.0)), METHOD)
+    return operands
+
+
+@triton.jit
+def self_conjugate(k, T, N):
+    """Whether bin k is real in x and in y, so that one of the four real products is all."""
+    return (k == 0) | ((2 * k == T) & (2 * k == N))
+
+
+@triton.jit
 def truncated_rfft_kernel(
     x_ptr, x_positive_ptr, weight_ptr, table_ptr, spectrum_ptr, packed_ptr,
     B, C, P, rows, padded_pixels, T, K, negative_slope,
@@ -138,40 +155,68 @@ def truncated_rfft_kernel(
 
 
 @triton.jit
-def spectral_conv_mix_kernel(
-    z_ptr, weight_ptr, y_ptr, I, O, rows, N, stride_wi, stride_wo, stride_wk, stride_wc,
+def mix_bin(
+    z_ptr, weight_ptr, r, o, I, O, rows, stride_wi, stride_wo, stride_wc,
     K: tl.constexpr, METHOD: tl.constexpr, PACKED: tl.constexpr, ADJOINT: tl.constexpr,
+    REAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """Real and imaginary part [r, o] of Z W in one bin; REAL: of the real parts alone."""
+    z_plane = rows.to(tl.int64) * I
+    re = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
+    im = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
+    for first in range(0, I, BLOCK_I):
+        i = first + tl.arange(0, BLOCK_I)
+        place = z_ptr + i.to(tl.int64)[None, :] * rows + r[:, None]
+        mask = (r < rows)[:, None] & (i < I)[None, :]
+        tile, w_mask = weight_tile(weight_ptr, i, o, I, O, stride_wi, stride_wo, ADJOINT)
+        if PACKED:
+            w_re = load_packed(tile, stride_wc, 0, K, METHOD)
+            if not REAL:
+                w_im = load_packed(tile, stride_wc, 1, K, METHOD)
+        else:
+            w_re, w_im = load_weight(tile, w_mask, stride_wc, METHOD, ADJOINT)
+        if REAL:
+            re = multiply_add(load_real(place, mask, METHOD), w_re, re, METHOD)
+        else:
+            z_re, z_im = load_bin(place, mask, z_plane, METHOD)
+            re = multiply_add(z_re, w_re, re, METHOD)
+            im = multiply_add(z_re, w_im, im, METHOD)
+            re = multiply_add(negative(z_im), w_im, re, METHOD)
+            im = multiply_add(z_im, w_re, im, METHOD)
+    return re, im
+
+
+@triton.jit
+def spectral_conv_mix_kernel(
+    z_ptr, weight_ptr, y_ptr, I, O, rows, T, N, stride_wi, stride_wo, stride_wk, stride_wc,
+    K: tl.constexpr, METHOD: tl.constexpr, PACKED: tl.constexpr, ADJOINT: tl.constexpr,
+    REAL_BINS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """Y_k = Z_k W_k in one bin, for one tile: planes [C, rows] -> [O, rows]."""
+    """Y_k = Z_k W_k in one bin, for one tile: planes [C, rows] -> [O, rows]; with REAL_BINS, bins
+    that are self-conjugate in x and y as one real product.
+    """
     pid = tl.program_id(0).to(tl.int64)
     tiles_o = tl.cdiv(O, BLOCK_O)
     tiles_r = tl.cdiv(rows, BLOCK_R)
     o = pid % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
     r = pid // tiles_o % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
     k = pid // (tiles_o * tiles_r)
-    z_plane = rows.to(tl.int64) * I
-    y_plane = rows.to(tl.int64) * O
-    re = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
-    im = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
-    for first in range(0, I, BLOCK_I):
-        i = first + tl.arange(0, BLOCK_I)
-        place = z_ptr + planes(z_ptr) * k * z_plane + i.to(tl.int64)[None, :] * rows + r[:, None]
-        mask = (r < rows)[:, None] & (i < I)[None, :]
-        tile, w_mask = weight_tile(
-            weight_ptr + k * stride_wk, i, o, I, O, stride_wi, stride_wo, ADJOINT
-        )
-        if PACKED:
-            w_re = load_packed(tile, stride_wc, 0, K, METHOD)
-            w_im = load_packed(tile, stride_wc, 1, K, METHOD)
-        else:
-            w_re, w_im = load_weight(tile, w_mask, stride_wc, METHOD, ADJOINT)
-        z_re, z_im = load_bin(place, mask, z_plane, METHOD)
-        re = multiply_add(z_re, w_re, re, METHOD)
-        im = multiply_add(z_re, w_im, im, METHOD)
-        re = multiply_add(negative(z_im), w_im, re, METHOD)
-        im = multiply_add(z_im, w_re, im, METHOD)
+    z = z_ptr + planes(z_ptr) * k * rows * I
+    weight = weight_ptr + k * stride_wk
+    real = self_conjugate(k, T, N) if REAL_BINS else False
+    if real:  # around the loop: inside it, a branch would keep the loop from loading ahead
+        re, im = mix_bin(
+            z, weight, r, o, I, O, rows, stride_wi, stride_wo, stride_wc,
+            K, METHOD, PACKED, ADJOINT, True, BLOCK_R, BLOCK_I, BLOCK_O,
+        )  # fmt: skip
+    else:
+        re, im = mix_bin(
+            z, weight, r, o, I, O, rows, stride_wi, stride_wo, stride_wc,
+            K, METHOD, PACKED, ADJOINT, False, BLOCK_R, BLOCK_I, BLOCK_O,
+        )  # fmt: skip
     mask = (r < rows)[:, None] & (o < O)[None, :]
+    y_plane = rows.to(tl.int64) * O
     y = y_ptr + planes(y_ptr) * k * y_plane + o[None, :] * rows + r[:, None]
     if planes(y_ptr) == 1:
         # What does not reach the output must not set the exponent either.

@@ -26,7 +26,12 @@ from dsno_kernels.backends.triton.arithmetic import (
     transposed,
     wide,
 )
-from dsno_kernels.backends.triton.kernels_general import load_bin, planes
+from dsno_kernels.backends.triton.kernels_general import (
+    load_bin,
+    load_real,
+    planes,
+    self_conjugate,
+)
 from dsno_kernels.backends.triton.kernels_small import coefficient, load_slices
 
 
@@ -100,10 +105,40 @@ def spectral_conv_weight_grad_kernel(
 
 
 @triton.jit
+def planes_sums(
+    z_ptr, g_ptr, i, o, begin, I, O, rows, rows_per_split,
+    METHOD: tl.constexpr, REAL: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Both sums of a bin from row `begin` on; REAL: of the real parts alone."""
+    z_plane = rows.to(tl.int64) * I
+    g_plane = rows.to(tl.int64) * O
+    re = tl.zeros((BLOCK_I, BLOCK_O), tl.float32)
+    im = tl.zeros((BLOCK_I, BLOCK_O), tl.float32)
+    for step in range(0, rows_per_split, BLOCK_R):
+        r = begin + step + tl.arange(0, BLOCK_R)
+        z = z_ptr + i[:, None] * rows + r[None, :]
+        g = g_ptr + o[None, :] * rows + r[:, None]
+        z_mask = (i < I)[:, None] & (r < rows)[None, :]
+        g_mask = (o < O)[None, :] & (r < rows)[:, None]
+        if REAL:
+            z_re, g_re = load_real(z, z_mask, METHOD), load_real(g, g_mask, METHOD)
+            re = multiply_add(z_re, g_re, re, METHOD)
+        else:
+            z_re, z_im = load_bin(z, z_mask, z_plane, METHOD)
+            g_re, g_im = load_bin(g, g_mask, g_plane, METHOD)
+            re = multiply_add(z_re, g_re, re, METHOD)
+            im = multiply_add(z_re, g_im, im, METHOD)
+            re = multiply_add(z_im, g_im, re, METHOD)
+            im = multiply_add(negative(z_im), g_re, im, METHOD)
+    return re, im
+
+
+@triton.jit
 def spectral_conv_weight_grad_planes_kernel(
-    z_ptr, g_ptr, partial_ptr, I, O, rows, rows_per_split,
-    K: tl.constexpr, METHOD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R:
-    tl.constexpr,
+    z_ptr, g_ptr, partial_ptr, I, O, rows, rows_per_split, T, N,
+    K: tl.constexpr, METHOD: tl.constexpr, REAL_BINS: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of a bin over a range of rows, from planar spectra."""
     pid = tl.program_id(0).to(tl.int64)
@@ -113,27 +148,23 @@ def spectral_conv_weight_grad_planes_kernel(
     i = pid // tiles_o % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
     k = pid // (tiles_o * tiles_i) % K
     part = pid // (tiles_o * tiles_i * K)
+    z = z_ptr + planes(z_ptr) * k * rows * I
+    g = g_ptr + planes(g_ptr) * k * rows * O
     begin = part * rows_per_split
-    z_plane = rows.to(tl.int64) * I
-    g_plane = rows.to(tl.int64) * O
-    re = tl.zeros((BLOCK_I, BLOCK_O), tl.float32)
-    im = tl.zeros((BLOCK_I, BLOCK_O), tl.float32)
-    for step in range(0, rows_per_split, BLOCK_R):
-        r = begin + step + tl.arange(0, BLOCK_R)
-        z = z_ptr + planes(z_ptr) * k * z_plane + i[:, None] * rows + r[None, :]
-        g = g_ptr + planes(g_ptr) * k * g_plane + o[None, :] * rows + r[:, None]
-        z_mask = (i < I)[:, None] & (r < rows)[None, :]
-        g_mask = (o < O)[None, :] & (r < rows)[:, None]
-        z_re, z_im = load_bin(z, z_mask, z_plane, METHOD)
-        g_re, g_im = load_bin(g, g_mask, g_plane, METHOD)
-        re = multiply_add(z_re, g_re, re, METHOD)
-        im = multiply_add(z_re, g_im, im, METHOD)
-        re = multiply_add(z_im, g_im, re, METHOD)
-        im = multiply_add(negative(z_im), g_re, im, METHOD)
     mask = (i < I)[:, None] & (o < O)[None, :]
     place = partial_ptr + (part * K + k) * 2 * I * O + i[:, None] * O + o[None, :]
-    tl.store(place, re, mask=mask)
-    tl.store(place + wide(1) * I * O, im, mask=mask)
+    real = self_conjugate(k, T, N) if REAL_BINS else False
+    if real:
+        re, _ = planes_sums(
+            z, g, i, o, begin, I, O, rows, rows_per_split, METHOD, True, BLOCK_I, BLOCK_O, BLOCK_R
+        )
+        tl.store(place, re, mask=mask)
+    else:
+        re, im = planes_sums(
+            z, g, i, o, begin, I, O, rows, rows_per_split, METHOD, False, BLOCK_I, BLOCK_O, BLOCK_R
+        )
+        tl.store(place, re, mask=mask)
+        tl.store(place + wide(1) * I * O, im, mask=mask)
 
 
 @triton.jit

@@ -141,6 +141,9 @@ def _plan(
             tiles * splits,
             config,
             device,
+            T=T,
+            N=n,
+            REAL_BINS=table.real_bins,
             **common,
         )
     size = launch.block(I * O, configs.REDUCE.tile[0])

@@ -12,6 +12,7 @@ from torch import Tensor
 from dsno_kernels.diffusion import (
     EDM,
     DiscreteVP,
+    LearningOptions,
     SolverPlan,
     learn_time_grid,
     sample,
@@ -170,3 +171,32 @@ def test_a_learned_grid_of_the_toy_is_better_than_the_aim_and_than_hand_made_one
         assert error < 0.3 * held_out_error(plan_of("dpmpp_3m", time_grid(NOISE, 5, kind)))
     both = VALUES["train_dpm_solver++_5_lambda_best_t_steps"].double()
     assert error < 0.7 * held_out_error(plan_of("dpmpp_3m", both[:6], both[6:11]))
+
+
+def test_the_official_schedule_finds_what_the_official_trainer_found() -> None:
+    options = LearningOptions(match_official=True, validation=0.5, mode="log_snr", soft=False)
+    grid = learn_time_grid(TOY.denoise, NOISE, 5, *pairs(), options=options)
+    both = VALUES["train_dpm_solver++_5_lambda_best_t_steps"].double()
+    theirs = held_out_error(plan_of("dpmpp_3m", both[:6], both[6:11]))
+    # Batches come in another order, which changes the second time most.
+    assert held_out_error(grid.plan()) <= 1.2 * theirs
+    assert len(grid.losses) == 7 * 25
+    assert_close(torch.tensor(grid.times[3:]).double(), both[3:6], 0.1)
+
+
+def test_the_official_schedule_moves_the_starts_of_both_halves() -> None:
+    seen: list[Tensor] = []
+    x_T, targets = pairs()
+
+    def watched(x: Tensor, t: Tensor) -> Tensor:
+        if float(t.detach()) == 80:
+            seen.append(x.detach())
+        return TOY.denoise(x, t)
+
+    options = LearningOptions(match_official=True, validation=0.5, radius=1e-3)
+    grid = learn_time_grid(watched, NOISE, 4, x_T[:8], targets[:8], options=options)
+    distances = (torch.cat(seen)[:, None] - x_T[:8]).flatten(2).norm(dim=2)
+    away, whose = distances.min(1)
+    assert 0.079 < float(away[whose < 4].max()) <= 0.08 * (1 + 1e-9)
+    assert 0.079 < float(away[whose >= 4].max()) <= 0.08 * (1 + 1e-9)
+    assert grid.loss is not None and grid.loss < grid.baselines["initial"]

@@ -74,11 +74,17 @@ def test_bad_arguments(use: dict[str, Any], error: type[Exception], message: str
         ({"radius": -1.0}, "radius must be positive"),
         ({"validation": 1.0}, r"validation must be in \[0, 1\)"),
         ({"optimizer": "adam"}, "optimizer 'adam' needs a batch"),
+        ({"match_official": True, "coefficients": True}, "match_official learns no coefficients"),
     ],
 )
 def test_bad_options(option: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LearningOptions(**option)
+
+
+def test_the_official_parametrization_has_one_call_a_step() -> None:
+    with pytest.raises(ValueError, match="one call a step, which dpmpp_2s is not"):
+        learned(solver="dpmpp_2s", options=LearningOptions(match_official=True))
 
 
 class Breaks:

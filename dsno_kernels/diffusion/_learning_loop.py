@@ -43,7 +43,8 @@ class Loop:
         parameters: what is learned.
         student: its sampler and loss.
         train, validation: this process's shares; the means are over all processes.
-        radius: of the balls in which starts may move, in the units of x_T.
+        radius: of the balls in which starts may move, in units of sigma.
+        sigma: at the first time.
 
     Attributes:
         best: of all validations.
@@ -60,10 +61,11 @@ class Loop:
         validation: Pairs,
         options: LearningOptions,
         radius: float,
+        sigma: float,
     ) -> None:
         self.parameters, self.student, self.options = parameters, student, options
         self.train, self.validation, self.origin = train, validation, train.x_T
-        self.radius = radius
+        self.radius, self.sigma = radius * sigma, sigma
         self._advance: Callable[[float], bool] = lambda loss: False
         self._judged: Callable[[float, bool], None] = lambda loss, better: None
         self.rates = torch.ones(len(train), dtype=torch.float64, device=train.x_T.device)
@@ -190,7 +192,7 @@ class Loop:
                 return False
             g = torch.autograd.grad(losses.sum(), x)[0]
             step = self.radius * self.rates[rows] / _norms(g).clamp_min(_TINY)
-            tried = _projected(x.detach() - _rows(step, x) * g, self.origin[rows], self.radius)
+            tried = projected(x.detach() - _rows(step, x) * g, self.origin[rows], self.radius)
             with torch.no_grad():
                 after = self.student.losses(dataclasses.replace(part, x_T=tried), plan)
             lower = after < losses.detach()
@@ -267,7 +269,7 @@ def _rows(values: Tensor, x: Tensor) -> Tensor:
     return values.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _projected(x: Tensor, center: Tensor, radius: float) -> Tensor:
+def projected(x: Tensor, center: Tensor, radius: float) -> Tensor:
     """The point of the ball that is nearest, for each sample."""
     away = x - center
     return center + _rows((radius / _norms(away).clamp_min(_TINY)).clamp(max=1.0), x) * away

@@ -52,10 +52,10 @@ class Pairs:
 
     def share(self) -> Pairs:
         """Those of this process; all of them without a group."""
-        if not dist.is_initialized():
+        if processes() == 1:
             return self
         rows = torch.arange(len(self), device=self.x_T.device)
-        return self.part(rows[dist.get_rank() :: dist.get_world_size()])
+        return self.part(rows[dist.get_rank() :: processes()])
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,13 @@ class Student:
 
 def summed(values: Tensor) -> Tensor:
     """Over all processes, the same in each."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if processes() > 1:
         dist.all_reduce(values)
     return values
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def first_process() -> bool:

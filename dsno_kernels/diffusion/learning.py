@@ -25,7 +25,8 @@ from torch import Tensor
 
 from dsno_kernels.diffusion import _grid_losses
 from dsno_kernels.diffusion._learning_loop import Found, Loop, NonFiniteError, StoppedError
-from dsno_kernels.diffusion._teacher_pairs import Pairs, Student, first_process
+from dsno_kernels.diffusion._official_learning import OfficialLoop
+from dsno_kernels.diffusion._teacher_pairs import Pairs, Student, first_process, processes
 from dsno_kernels.diffusion.grids import check_times, time_grid
 from dsno_kernels.diffusion.learned_grid import LearnedGrid
 from dsno_kernels.diffusion.learning_options import LearningOptions
@@ -137,6 +138,8 @@ def learn_time_grid(
     wanted = targets if isinstance(targets, Tensor) else x_T
     _check_pairs(x_T, wanted, decode)
     pairs = Pairs(_recordable(x_T), _recordable(wanted), kwargs, unconditional, guidance)
+    if options.match_official and processes() > 1:
+        raise ValueError("match_official learns in one process, as the official code does")
     still = not _differentiable_in_time(denoiser, plan, pairs, options.partial)
     train, validation = (part.share() for part in _divided(pairs, options.validation))
     if not isinstance(targets, Tensor):
@@ -155,9 +158,9 @@ def learn_time_grid(
         official=options.match_official,
     )
     radius = options.radius or _BALL * x_T[0].numel() / plan.evaluations**2
-    loop = Loop(
-        parameters, student, train, validation, options, radius * float(process.sigma(times[0]))
-    )
+    kind = OfficialLoop if options.match_official else Loop
+    sigma = float(process.sigma(times[0]))
+    loop = kind(parameters, student, train, validation, options, radius, sigma)
     about = {
         "mode": parameters.mode,
         "loss": loss if isinstance(loss, str) else getattr(loss, "__name__", repr(loss)),

@@ -39,9 +39,11 @@ class LearningOptions:
         partial: go on with a denoiser that is not differentiable, instead of raising. In t: its
             calls stay at the times of the first grid, and the steps are learned. In x: its own
             share of the gradient is missing, so the grid is not the best there is.
-        match_official: LD3's own parametrization, optimizers and schedule, as its code has them;
-            the options from `soft` to `recompute` are then `OfficialOptions`'.
-        seed: of Adam's batches.
+        match_official: LD3's own parametrization, optimizers and schedule, as its code has them.
+            Of these options `mode`, `decoupled`, `soft`, `radius`, `batch` (2 by default),
+            `validation` (0.5 there) and `recompute` count then; validation data move, too, and the
+            first grid is equal steps in `mode`.
+        seed: of the order of batches.
 
     Raises:
         ValueError: a value out of range.
@@ -79,5 +81,7 @@ class LearningOptions:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not 0.0 <= self.validation < 1.0:
             raise ValueError(f"validation must be in [0, 1), got {self.validation}")
+        if self.match_official and self.coefficients:
+            raise ValueError("match_official learns no coefficients: give one of them")
         if self.optimizer == "adam" and self.batch is None:
             raise ValueError("optimizer 'adam' needs a batch: give the samples of one")

@@ -126,10 +126,23 @@ def test_an_interrupted_run_leaves_its_best_grid(call: int, tmp_path: Path) -> N
         )
     grid = LearnedGrid.load(path)
     assert grid.provenance["stopped"] == "interrupted"
-    made = sample(Network(), starts(), grid.plan())
+    model = Network().requires_grad_(False)
+    made = sample(model, starts(), grid.plan())
     hand = SolverPlan.build(VP, time_grid(VP, 4, "log_snr"), grid.solver, prediction="x0")
-    before = sample(Network(), starts(), hand)
+    before = sample(model, starts(), hand)
     assert float((made - starts()).norm()) < float((before - starts()).norm())
+
+
+def test_a_run_interrupted_before_it_learned_anything_leaves_the_file_of_before(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "grid.json"
+    learned(out=path)
+    before = path.read_bytes()
+    for call in (1, 3):  # the probe, the first validation
+        with pytest.raises(KeyboardInterrupt):
+            learn_time_grid(Breaks(call, interrupt), VP, 4, starts(), starts(), out=path)
+    assert path.read_bytes() == before
 
 
 def test_a_callback_ends_learning_with_the_best_so_far(tmp_path: Path) -> None:

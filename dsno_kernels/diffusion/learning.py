@@ -204,9 +204,10 @@ class _Results:
             more["stopped"] = f"by the callback after {len(loop.losses)} evaluations"
         except KeyboardInterrupt:
             # What was not validated yet is better than nothing.
-            improved = loop.best.loss != self.initial or loop.lowest.loss is None
-            found = loop.best if improved else Found(None, loop.lowest.values)
-            self._save(found, stopped="interrupted")
+            if loop.best.loss != self.initial:
+                self._save(loop.best, stopped="interrupted")
+            elif loop.lowest.loss is not None:
+                self._save(Found(None, loop.lowest.values), stopped="interrupted")
             raise
         best = self.grid(loop.best, **more)
         self._save(loop.best, **more)

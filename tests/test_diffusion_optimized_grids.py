@@ -155,3 +155,21 @@ def test_gits_spends_its_steps_where_trajectories_bend() -> None:
 def test_refusals(call: object, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         call()  # type: ignore[operator]
+
+
+def test_costs_of_guided_trajectories() -> None:
+    """Guidance between two shifts of the data is the shift between them."""
+
+    def denoiser(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        return shift + x / (1 + t**2)
+
+    def costs(shift: float, **options: object) -> Tensor:
+        x_T = torch.linspace(-80, 80, 6, dtype=torch.float64).reshape(3, 2)
+        kwargs = {"shift": torch.full((3, 1), shift)}
+        times = time_grid(EDM(), 8, "karras")
+        return trajectory_costs(denoiser, EDM(), x_T, times=times, kwargs=kwargs, **options)[1]  # type: ignore[arg-type]
+
+    none = {"shift": torch.full((3, 1), 1.0)}
+    guided = costs(2.0, unconditional=none, guidance=3.0)
+    torch.testing.assert_close(guided, costs(4.0))
+    assert not torch.allclose(guided, costs(2.0))

@@ -129,6 +129,8 @@ def trajectory_costs(
     solver: str = "ipndm4",
     prediction: str = "x0",
     kwargs: Mapping[str, Any] | None = None,
+    unconditional: Mapping[str, Any] | None = None,
+    guidance: float | Tensor | None = None,
     metric: str = "deviation",
 ) -> tuple[Tensor, Tensor]:
     r"""What one DDIM step costs between any two times of a teacher's trajectories.
@@ -139,7 +141,7 @@ def trajectory_costs(
     between the ends of the trajectory. Means over the samples.
 
     Args:
-        denoiser, kwargs: as for `sample`.
+        denoiser, kwargs, unconditional, guidance: as for `sample`.
         process: alpha must not vanish at ``times[0]``.
         x_T: states at ``times[0]``, ``(B, ...)``; the authors take 256.
         times: M + 1 decreasing times of the teacher; 60 steps of `time_grid` "karras" by default.
@@ -173,7 +175,15 @@ def trajectory_costs(
         states.append(x.flatten(1).double() / float(alpha[i + 1]))
         slopes.append(eps.flatten(1).double())
 
-    sample(denoiser, x_T, plan, kwargs=kwargs, callback=keep)
+    sample(
+        denoiser,
+        x_T,
+        plan,
+        kwargs=kwargs,
+        unconditional=unconditional,
+        guidance=guidance,
+        callback=keep,
+    )
     y = torch.stack(states)  # [M + 1, B, D]
     line = torch.nn.functional.normalize(y[-1] - y[0], dim=-1)
 

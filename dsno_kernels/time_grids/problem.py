@@ -53,24 +53,20 @@ class Teacher:
     @torch.no_grad()
     def pairs(self, count: int, seed: int, stream: int, batch: int | None = None) -> Pairs:
         """Samples 0 .. count - 1 of a stream; each depends on the seed and its number alone."""
-        noise, kwargs = self._starts(count, seed, stream)
-        unconditional = None
-        if kwargs is not None and self.guidance is not None:
-            unconditional = {"y": torch.full_like(kwargs["y"], -1)}
-        starts = Pairs(noise, noise, kwargs, unconditional, self.guidance)
+        starts = self._starts(count, seed, stream)
         targets = [self._targets(part) for _, part in starts.parts(batch)]
         return dataclasses.replace(starts, targets=torch.cat(targets))
 
-    def _starts(
-        self, count: int, seed: int, stream: int
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Noise as large as the process has it, and labels."""
+    def _starts(self, count: int, seed: int, stream: int) -> Pairs:
+        """Noise as large as the process has it, and labels; the noise in the place of targets."""
         noise = standard_normal(self.shape, range(count), seed, stream)
         noise = noise.mul_(noise_scale(self.plan)).to(self.device)
         if self.classes is None:
-            return noise, None
+            return Pairs(noise, noise, None, None, None)
         labels = torch.tensor([self.classes[i % len(self.classes)] for i in range(count)])
-        return noise, {"y": labels.to(self.device)}
+        y = labels.to(self.device)
+        none = None if self.guidance is None else {"y": torch.full_like(y, -1)}
+        return Pairs(noise, noise, {"y": y}, none, self.guidance)
 
     def _targets(self, starts: Pairs) -> Tensor:
         return sample(
@@ -87,8 +83,16 @@ class Teacher:
         process = self.plan.process
         start, end = self.plan.grid[[0, -1]].tolist()
         times = time_grid(process, GITS_STEPS, "karras", t_start=start, t_end=end)
-        noise, kwargs = self._starts(count, seed, LEARNING)
-        return trajectory_costs(self.model, process, noise, times=times, kwargs=kwargs)
+        starts = self._starts(count, seed, LEARNING)
+        return trajectory_costs(
+            self.model,
+            process,
+            starts.x_T,
+            times=times,
+            kwargs=starts.kwargs,
+            unconditional=starts.unconditional,
+            guidance=starts.guidance,
+        )
 
 
 def hand_made(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ from dsno_kernels.backends import cpu, reference_denoising
 from dsno_kernels.backends.cuda_denoising import Denoising
 from tests import shim, step_shim
 from tests import test_denoising as on_the_cpu
+from tests.cupy_double import Array
 from tests.helpers import FLOAT64, IO_BUDGET, assert_close
 from tests.strategies import tensor
 from tests.test_cuda_compile import cuobjdump
+from tests.test_cupy import cupy, dkc  # noqa: F401
 from tests.test_exp_step import STEP
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -189,3 +192,15 @@ def test_memory_moves_by_sixteen_bytes(arch: str, tmp_path: Path) -> None:
     for op, reads in (("noised", 2), ("loss", 3)):
         found = accesses[f"denoising_{op}_f32_v4"]
         assert (found["LDG.E.128"], found["STG.E.128"]) == (reads, 1)
+
+
+def test_cupy_arrays(dkc: ModuleType) -> None:  # noqa: F811
+    x, output, sigma = torch.randn(3, 2, 5), torch.randn(3, 2, 5), torch.rand(3)
+    seeds = torch.tensor(on_the_cpu.SEEDS)
+    found = dkc.noised(Array(x), Array(sigma), 0.5, seeds=Array(seeds), out_dtype="float16")
+    assert torch.equal(found.tensor, dk.noised(x, sigma, 0.5, seeds=seeds, out_dtype=F16))
+    loss = dkc.denoising_loss(
+        Array(output), Array(x), Array(sigma), 1.0, 0.5, 2.0, seeds=Array(seeds)
+    )
+    expected = dk.denoising_loss(output, x, sigma, 1.0, 0.5, 2.0, seeds=seeds)
+    assert torch.equal(loss.tensor, expected)

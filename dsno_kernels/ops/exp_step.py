@@ -183,11 +183,11 @@ def _run_backward(
 ) -> tuple[list[Tensor], Tensor]:
     if coefficients is not None:
         check_index(index, coefficients.shape[0])
-    fake = _fake_backward(
-        g, tensors, coefficients, values, index, columns, dtypes, per_sample, backend
-    )
     if g.numel() == 0:
-        return fake[0], fake[1].zero_()
+        grads, dots = _fake_backward(
+            g, tensors, coefficients, values, index, columns, dtypes, per_sample, backend
+        )
+        return grads, dots.zero_()
     module = select(backend, _request("exp_step_backward", [g, *tensors], g))
     grads, dots = module.exp_step_backward(
         g,
@@ -200,7 +200,10 @@ def _run_backward(
         per_sample=per_sample,
     )
     if module is reference:
-        grads = [_dense.laid_out_like(a, b) for a, b in zip(grads, fake[0], strict=True)]
+        likes, _ = _fake_backward(
+            g, tensors, coefficients, values, index, columns, dtypes, per_sample, backend
+        )
+        grads = [_dense.laid_out_like(a, b) for a, b in zip(grads, likes, strict=True)]
     return grads, dots
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.report_data import Entry, Result, caption, table
+from benchmarks.report_data import Entry, Result, caption, milliseconds, table
 
 LEARNED = "learned"
 TITLES = {"exact": "exact denoiser", "network": "trained teacher"}
+STEP_AIM, STEP_AT = 8.0, [64, 3, 32, 32]  # speed-up over LD3's eager lines on a CPU
 
 
 def tables(results: list[Result]) -> str:
@@ -55,6 +56,40 @@ def verdict(entries: list[Entry]) -> str:
         return f"{text}."
     named = (f"{TITLES[e['teacher']]}, `{e['solver']}`, {e['evaluations']}" for e in lost)
     return f"{text}; not in: {'; '.join(named)}."
+
+
+def steps(results: list[Result]) -> str:
+    """A learned step, forward and backward, beside LD3's lines."""
+    parts = []
+    for result in results:
+        on_gpu = result.machine["device"] == "cuda"
+        rows = [
+            [
+                " x ".join(map(str, entry["shape"])),
+                *([] if on_gpu else [str(entry["threads"])]),
+                entry["peer"],
+                milliseconds(entry["baseline_seconds"]),
+                milliseconds(entry["seconds"]),
+                f"**{entry['ratio']:.2f}x**{_aim(entry, on_gpu)}",
+                f"{entry['share_of_copy']:.0%}",
+            ]
+            for entry in result.select(op="ld3_step")
+        ]
+        threads = [] if on_gpu else ["threads"]
+        gain = "speed-up" if on_gpu else f"speed-up (≥ {STEP_AIM:g}x)"
+        head = ["shape", *threads, "peer", "its time", "this library", gain, "of copy"]
+        parts += [caption(result, "ld3_step"), table(head, rows)]
+    parts.append(
+        "A step of DPM-Solver++(3M), forward and backward, with gradients of the state, the history"
+        " and the coefficients; `of copy` is the share of the rate of a copy in the same run."
+    )
+    return "\n\n".join(parts)
+
+
+def _aim(entry: Entry, on_gpu: bool) -> str:
+    if on_gpu or entry["shape"] != STEP_AT or entry["peer"].startswith("torch.compile"):
+        return ""
+    return ", met" if entry["ratio"] >= STEP_AIM else ", missed"
 
 
 def draw(results: list[Result], path: Path) -> None:

@@ -290,6 +290,7 @@ def tables(results: list[Result]) -> dict[str, Callable[[], str]]:
             "digits": (report_digits.distances, ("digits",)),
             "fdm": (report_fdm.tables, ("fdm",)),
             "ld3": (report_ld3.tables, ("ld3",)),
+            "ld3_step": (report_ld3.steps, ("ld3_step",)),
             "exp_step": (report_steps.exp_step, ("exp_step", "exp_step_overhead")),
             "schedulers": (
                 report_steps.schedulers,

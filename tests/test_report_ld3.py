@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 for package in ("lmdb", "tqdm", "sklearn", "safetensors", "matplotlib", "PIL"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 
 from PIL import Image  # noqa: E402
 
-from benchmarks import ld3_digits, report_ld3  # noqa: E402
+from benchmarks import journal, ld3_digits, machine, report_ld3  # noqa: E402
 from benchmarks.report_data import load  # noqa: E402
 from benchmarks.report_plots import draw  # noqa: E402
 from benchmarks.report_tables import tables  # noqa: E402
@@ -79,3 +80,30 @@ def test_a_row_and_who_wins(tmp_path: Path) -> None:
     assert report_ld3.verdict(cases[:1]).endswith("in 1 of 1 cases.")
     text = report_ld3.verdict(cases)
     assert "in 1 of 3 cases; not in: exact denoiser, `dpmpp_3m`, 5; exact" in text
+
+
+def test_the_table_of_a_step_names_the_aim_where_it_is_one(tmp_path: Path) -> None:
+    def step(peer: str, ratio: float, shape: list[int]) -> dict[str, Any]:
+        times = {"seconds": 1e-3, "baseline_seconds": ratio * 1e-3, "ratio": ratio}
+        return {
+            "op": "ld3_step",
+            "shape": shape,
+            "peer": peer,
+            "threads": 1,
+            "share_of_copy": 0.5,
+        } | times
+
+    shape = report_ld3.STEP_AT
+    steps = [step("official LD3", 8.5, shape), step("official LD3", 7.5, [1, 2, 3, 4])]
+    steps += [step("official LD3", 7.5, shape), step("torch.compile of official LD3", 1.5, shape)]
+    entries = [{"name": str(i), "group": "ld3", "extra_info": info} for i, info in enumerate(steps)]
+    journal.write(tmp_path / "one.json", machine.describe(torch.device("cpu")), entries)
+    text = tables(load(tmp_path))["ld3_step_cpu"]()
+    lines = [line for line in text.splitlines() if "x**" in line]
+    assert [line.rsplit("|", 3)[1].strip() for line in lines] == [
+        "**8.50x**, met",
+        "**7.50x**",
+        "**7.50x**, missed",
+        "**1.50x**",
+    ]
+    assert lines[0].startswith("| 64 x 3 x 32 x 32 | 1 | official LD3 | 8.50 ms | 1.00 ms |")

@@ -4,6 +4,7 @@ written shows.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -27,6 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts background jobs
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     planted = config.getoption("--mutation")
     if planted:
         from tests import mutations

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsno_kernels.diffusion import EDM, FDM, VE, FlowMatching, Preconditioner, Process, VPLinear
-from dsno_kernels.models import DSNO, DSNOConfig, EDMDenoiser, ModelFileError, save
+from dsno_kernels.models import DSNO, DSNOConfig, EDMDenoiser, ModelFileError, load, save
 from tests.helpers import FLOAT64, assert_close
 
 TINY = DSNOConfig(
@@ -106,6 +106,10 @@ def test_bad_arguments_are_named() -> None:
     x = torch.randn(2, 1, 2, 2)
     with pytest.raises(ValueError, match=r"number or have shape \(2,\), got \(3,\)"):
         EDMDenoiser(Recorded())(x, torch.ones(3))
+    with pytest.raises(ValueError, match=r"sigma must be at least 0, got -1"):
+        EDMDenoiser(Recorded())(x, -1)
+    with pytest.raises(TypeError, match=r"x must be real floating point .*, got torch\.int64"):
+        EDMDenoiser(Recorded())(x.long(), 1.0)
     with pytest.raises(ValueError, match=r"sigma_data must be positive, got 0"):
         EDMDenoiser(Recorded(), 0)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got function"):
@@ -142,6 +146,22 @@ def test_it_compiles_without_a_graph_break(process: Process) -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for sigma in (torch.tensor([0.5, 9.0]), torch.tensor(2.0)):
         assert_close(compiled(x, sigma), model(x, sigma), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "match"),
+    [
+        ({"sigma_data": 0.3}, r"sigma_data is 0\.3, the process has 0\.5"),
+        ({"process": {"kind": "FlowMatching"}}, "a VP, VE or EDM process is required"),
+    ],
+)
+def test_a_file_whose_metadata_make_no_denoiser(
+    metadata: dict[str, object], match: str, tmp_path: Path
+) -> None:
+    network = DSNO(dataclasses.replace(TINY, time_conv=False))
+    save(EDMDenoiser(network, process=FDM(EDM())), tmp_path / "model.safetensors", **metadata)
+    with pytest.raises(ModelFileError, match=rf"model\.safetensors holds no denoiser: {match}"):
+        load(tmp_path / "model.safetensors")
 
 
 def test_a_process_that_holds_a_function_has_no_file(tmp_path: Path) -> None:

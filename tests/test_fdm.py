@@ -98,6 +98,16 @@ def test_oscillators_of_any_damping(zeta: float) -> None:
         assert error <= ROUNDING * abs(expected) + 1e-16, tau
 
 
+@pytest.mark.parametrize("zeta", [1e3, 1e6])
+def test_oscillators_that_creep(zeta: float) -> None:
+    """Large damping loses no digits: the two large exponents never meet."""
+    for tau in (1e-3, 0.3, 20.0):
+        with mp.workdps(60):
+            expected = exact(mp.mpf(tau), mp.mpf(zeta))
+            error = abs(mp.mpf(float(oscillator(tau, zeta))) - expected)
+        assert error <= ROUNDING * abs(expected), tau
+
+
 def test_the_oscillator_obeys_its_equation_and_is_smooth_in_its_damping() -> None:
     zeta = torch.tensor([0.3, 0.999999, 1.0, 1.0001, 2.5], dtype=torch.float64)[:, None]
     tau = torch.tensor([-0.01, 0.0, 0.5, 3.0, 11.0], dtype=torch.float64).expand(5, 5)
@@ -307,6 +317,13 @@ def test_a_base_with_values_of_its_own_shares_no_plans() -> None:
         (lambda: FDM(EDM(), 0.0), ValueError, "multiplier must be positive and finite, got 0.0"),
         (lambda: FDM(EDM(), -1.0), ValueError, "multiplier must be positive"),
         (lambda: FDM(EDM(), damping=0.0), ValueError, "damping must be positive"),
+        (lambda: FDM(EDM(), B=3), TypeError, "B must be a function of t' or None, got 3"),
+        (lambda: FDM(EDM(), B=lambda t: None), TypeError, "B must return a tensor"),
+        (
+            lambda: FDM(EDM(), sigma_min=torch.ones(2)),
+            ValueError,
+            r"sigma_min must be one number, got shape \(2,\)",
+        ),
         (lambda: FDM(EDM(), "fast"), TypeError, "multiplier must be a real number"),
         (lambda: FDM(FlowMatching()), TypeError, "base must be a VP, VE or EDM process"),
         (lambda: FDM(FDM(EDM())), TypeError, "base must be a VP, VE or EDM process"),

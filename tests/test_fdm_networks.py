@@ -55,6 +55,28 @@ def test_golden_networks(arch: str) -> None:
         assert rel_rms(base(x, sigma, y), values[f"{arch}/denoised"]) > 100 * OFFICIAL
 
 
+def test_states_and_weights_of_any_precision() -> None:
+    """A sampler's float64 state goes through float32 weights; bfloat16 weights work, too."""
+    x = golden("fdm_networks.npz")["ddpmpp/x"].double()
+    network = edm.convert(state("ddpmpp"))
+    denoiser = from_edm(network, process=PROCESSES["ddpmpp"])
+    with torch.no_grad():
+        expected = denoiser(x, 0.7)
+        assert expected.dtype == torch.float64
+        assert_close(denoiser(x.float(), 0.7), expected, OFFICIAL)
+        found = from_edm(network.bfloat16(), process=PROCESSES["ddpmpp"])(x, 0.7)
+    assert_close(found, expected, 0.05)
+
+
+def test_arguments_that_the_network_cannot_take() -> None:
+    network = edm.convert(state("ncsnpp"))
+    x = torch.zeros(2, network.config.image_channels, 8, 8)
+    with pytest.raises(ValueError, match="augment_labels were given, but the network has none"):
+        network(x, torch.zeros(2), augment_labels=torch.zeros(2, 9))
+    with pytest.raises(ValueError, match="classes must be at least 0, got -1"):
+        from_edm(network, classes=-1)
+
+
 def test_the_shape_is_read_from_the_names() -> None:
     config = edm.convert(state("ddpmpp")).config
     assert (config.image_size, config.image_channels, config.channels) == (8, 2, 8)
@@ -111,7 +133,24 @@ def without(name: str) -> dict[str, Tensor]:
         ({}, "the state dict holds no SongUNet"),
         ({"weight": torch.zeros(3)}, "holds no SongUNet of DDPM"),
         ({"ema": "weights"}, "holds no state dict of tensors"),
+        ({3: torch.zeros(3)}, "holds no state dict of tensors"),
         (without("model.enc.8x8_conv.weight"), "holds no SongUNet"),
+        (
+            state("ddpmpp") | {"model.enc.8x8_conv.weight": torch.zeros(0, 2, 3, 3)},
+            "holds no SongUNet",
+        ),
+        (
+            state("ddpmpp") | {"model.enc.8x8_conv.weight": torch.zeros(2, 2, 3, 3)},
+            "holds no SongUNet",
+        ),
+        (
+            state("ddpmpp") | {"model.map_label.weight": torch.zeros(())},
+            "map_label.weight",
+        ),
+        (
+            state("ddpmpp") | {"model.enc.8x8_block0.conv1.weight": torch.zeros(())},
+            "holds no SongUNet",
+        ),
         (without("model.dec.8x8_block0.conv0.weight"), "dec.8x8_block0.conv0.weight"),
         (state("ddpmpp") | {"model.extra": torch.zeros(2)}, "extra"),
         (

@@ -122,7 +122,9 @@ def test_gradients() -> None:
     [
         (lambda: Preconditioner(FlowMatching()), TypeError, "a VP, VE or EDM process is required"),
         (lambda: Preconditioner("edm"), TypeError, "a VP, VE or EDM process is required"),
-        (lambda: Preconditioner(EDM(), std=0.0), ValueError, "std must be positive, got 0.0"),
+        (lambda: Preconditioner(EDM(), std=0.0), ValueError, "std must be positive and finite"),
+        (lambda: Preconditioner(EDM(), std=float("inf")), ValueError, "std must be positive and"),
+        (lambda: Preconditioner(EDM(), float("nan")), ValueError, "mean must be finite, got nan"),
         (lambda: Preconditioner(EDM()).weight("loud"), TypeError, "sigma must be a real number"),
     ],
 )

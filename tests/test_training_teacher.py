@@ -118,8 +118,11 @@ def test_golden_warm_up() -> None:
     assert [WeightWarmUp(0).ceiling(i) for i in (0, 1)] == [math.inf] * 2
     with pytest.raises(ValueError, match="updates must be at least 0, got -1"):
         WeightWarmUp(-1)
-    with pytest.raises(ValueError, match="0 < first < last is required"):
-        WeightWarmUp(5, first=500.0, last=5.0)
+    with pytest.raises(TypeError, match=r"updates must be an integer, got 2\.5"):
+        WeightWarmUp(2.5)  # type: ignore[arg-type]
+    for last in (5.0, math.inf):
+        with pytest.raises(ValueError, match="0 < first < last < inf is required"):
+            WeightWarmUp(5, first=500.0, last=last)
 
 
 def test_batches_do_not_depend_on_the_momentum() -> None:
@@ -232,7 +235,7 @@ def test_the_command_continues_and_refuses_other_data(
         ("--drop-classes 1", "--drop-classes must be in [0, 1), got 1.0"),
         ("--drop-classes 0.5", "--drop-classes needs classes; give --conditional"),
         ("--p-std 0", "--p-std must be positive, got 0.0"),
-        ("--multiplier 2", "--multiplier is of --momentum; give both, or none"),
+        ("--multiplier 2", "--multiplier needs --momentum; give it, too"),
         ("--momentum --multiplier 0", "--multiplier must be positive, got 0.0"),
         ("--momentum --multiplier 900", "--multiplier 900.0: the mean must be positive"),
         ("--warm-up-loss -1", "--warm-up-loss must be at least 0, got -1"),
@@ -250,6 +253,16 @@ def test_bad_options_are_one_line(
     error = capsys.readouterr().err.strip()
     assert match in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_images_of_one_value(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only EDM measures them, so only there an option helps."""
+    np.savez(data, images=np.full((3, 4, 4), 7, np.uint8))
+    assert train(data, tmp_path / "edm", "--steps 1") == 2
+    assert "the images are all the same, of one value; give --sigma-data" in capsys.readouterr().err
+    assert train(data, tmp_path / "vp", "--steps 1 --process vp") == 0
 
 
 def test_the_file_says_whether_classes_were_dropped(data: Path, tmp_path: Path) -> None:

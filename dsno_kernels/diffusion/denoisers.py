@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsno_kernels.diffusion.discrete import DiscreteVP
 from dsno_kernels.diffusion.preconditioning import Preconditioner
-from dsno_kernels.diffusion.processes import Process, Real, as_float64
+from dsno_kernels.diffusion.processes import Process, Real, as_float64, integer
 from dsno_kernels.functional import checks
 
 Denoiser = Callable[..., Tensor]
@@ -190,6 +190,7 @@ def from_edm(
 
     Raises:
         TypeError: a network that cannot be called; a process without a preconditioner.
+        ValueError: classes < 0.
 
     Source: EDM (arXiv 2206.00364), FDM (arXiv 2306.06991) and their official code.
 
@@ -199,7 +200,9 @@ def from_edm(
     """
     if not callable(network):
         raise TypeError(f"network must be callable, got {type(network).__name__}")
-    count = int(getattr(network, "label_dim", 0)) if classes is None else classes
+    count = getattr(network, "label_dim", 0) if classes is None else classes
+    if integer("classes", count) < 0:
+        raise ValueError(f"classes must be at least 0, got {count}")
     table = None if process is None else Preconditioner(process)
 
     def denoiser(x: Tensor, sigma: Real, y: Tensor | None = None) -> Tensor:

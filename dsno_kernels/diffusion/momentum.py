@@ -74,6 +74,10 @@ def oscillator(tau: Real, damping: Real = 1.0) -> Tensor:
     cosh = torch.where(near, cosh, torch.where(over, 0.5 + 0.5 * grown, r.cos()))
     sinh = torch.where(near, sinh, torch.where(over, 0.5 - 0.5 * grown, r.sin()) / r)
     exponent = torch.where(over, r, 0.0) - zeta * tau
+    # The same for an oscillator that creeps, without the difference of two large numbers.
+    creeps = over & (tau > 0) & (zeta > 0)
+    root = torch.where(creeps, (zeta - 1.0) * (zeta + 1.0), 1.0).sqrt()
+    exponent = torch.where(creeps, -tau / torch.where(creeps, zeta + root, 1.0), exponent)
     return torch.exp(exponent) * (cosh + zeta * tau * sinh)
 
 
@@ -125,6 +129,11 @@ class FDM(Process):
             value = one_number(name, getattr(self, name))
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+        for name in ("sigma_min", "sigma_max"):
+            if getattr(self, name) is not None:
+                one_number(name, getattr(self, name))
+        if self.B is not None and not callable(self.B):
+            raise TypeError(f"B must be a function of t' or None, got {self.B!r}")
         low, span = (float(value.detach()) for value in self._levels())
         if not (low >= 0 and 0 < span < math.inf):
             raise ValueError(
@@ -189,9 +198,10 @@ class FDM(Process):
         """Whether B increases from 0 and the mean stays positive up to t' = 1."""
         t = torch.linspace(0, 1, _PROBES, dtype=torch.float64, device="cpu")
         with torch.no_grad():
+            found = t if self.B is None else self.B(t)
+            if not isinstance(found, Tensor) or found.shape != t.shape:
+                raise TypeError(f"B must return a tensor of the shape of t', got {found!r}")
             tau = self._tau(t)
-            if not isinstance(tau, Tensor) or tau.shape != t.shape:
-                raise TypeError(f"B must return a tensor of the shape of t', got {tau!r}")
             if not (abs(float(tau[0])) < 1e-12 and bool((tau.diff() > 0).all())):
                 raise ValueError(
                     f"B must increase from B(0) = 0, got B(0) = {float(tau[0]):.3g} and B(1) ="

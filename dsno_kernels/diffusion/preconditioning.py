@@ -24,6 +24,7 @@ Source: EDM (arXiv 2206.00364), table 1; FDM (arXiv 2306.06991) and its official
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ class Preconditioner:
         mean, std: of log sigma in training, for EDM.
 
     Raises:
-        TypeError: another process. ValueError: std <= 0.
+        TypeError: another process. ValueError: a mean that is not finite; std <= 0 or infinite.
 
     Example:
         >>> table = dk.diffusion.Preconditioner(dk.diffusion.FDM(dk.diffusion.EDM()))
@@ -69,9 +70,10 @@ class Preconditioner:
 
     def __post_init__(self) -> None:
         family(self.process)
-        one_number("mean", self.mean)
-        if not one_number("std", self.std) > 0:
-            raise ValueError(f"std must be positive, got {self.std}")
+        if not math.isfinite(one_number("mean", self.mean)):
+            raise ValueError(f"mean must be finite, got {self.mean}")
+        if not 0 < one_number("std", self.std) < math.inf:
+            raise ValueError(f"std must be positive and finite, got {self.std}")
 
     @property
     def base(self) -> Process:

@@ -68,7 +68,9 @@ def convert(state: Mapping[str, Tensor], source: str = "the state dict") -> Song
     Raises:
         ValueError: no state dict of DDPM++ or NCSN++.
     """
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise ValueError(f"{source} holds no state dict of tensors; see dk.integrations.edm")
     plain = {_PREFIX.sub("", name, count=1): tensor.detach() for name, tensor in state.items()}
     try:

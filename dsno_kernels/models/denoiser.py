@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dsno_kernels.diffusion.preconditioning import Preconditioner
 from dsno_kernels.diffusion.processes import EDM, Process
+from dsno_kernels.functional import checks
 
 
 class EDMDenoiser(nn.Module):
@@ -43,8 +44,9 @@ class EDMDenoiser(nn.Module):
         x0, the shape and dtype of x. With `raw` F, in the dtype of the network.
 
     Raises:
-        TypeError: a network that is no module; another process. ValueError: sigma_data that is not
-        positive, or not that of the process; a sigma of another shape.
+        TypeError: a network that is no module; another process; an x that is not real floating
+        point. ValueError: sigma_data that is not positive, or not that of the process; a sigma of
+        another shape, or a number below 0.
 
     Source: EDM (arXiv 2206.00364), table 1; there the network sees ``log(sigma) / 4``. FDM (arXiv
     2306.06991).
@@ -83,6 +85,9 @@ class EDMDenoiser(nn.Module):
         self, x: Tensor, sigma: Tensor | float, y: Tensor | None = None, raw: bool = False
     ) -> Tensor:
         """x0; see the class."""
+        checks.real("x", x)
+        if not isinstance(sigma, Tensor) and not sigma >= 0:
+            raise ValueError(f"sigma must be at least 0, got {sigma}")
         wide = torch.promote_types(x.dtype, torch.float32)
         level = torch.as_tensor(sigma, dtype=wide, device=x.device)
         if level.ndim > 1 or (level.ndim == 1 and len(level) != len(x)):

@@ -122,8 +122,12 @@ def load(
     with torch.device("meta"):
         network = DSNO(config, kernels=kernels)
     assign(network, tensors, path)
-    model = EDMDenoiser(network, sigma_data, process) if found == "edm_denoiser" else network
-    return model.eval()
+    if found == "dsno":
+        return network.eval()
+    try:
+        return EDMDenoiser(network, sigma_data, process).eval()
+    except (TypeError, ValueError) as error:
+        raise ModelFileError(f"{path} holds no denoiser: {error}") from None
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -59,11 +59,12 @@ class SongUNetConfig:
         sizes: dict[int, int] = {}
         blocks: dict[int, int] = {}
         for name, tensor in state.items():
-            if found := _BLOCK.fullmatch(name):
+            if tensor.ndim and (found := _BLOCK.fullmatch(name)):
                 size = int(found[1])
                 sizes[size], blocks[size] = len(tensor), blocks.get(size, 0) + 1
         first = state.get(f"enc.{max(sizes, default=0)}x{max(sizes, default=0)}_conv.weight")
-        if first is None or first.ndim != 4 or len(set(blocks.values())) != 1:
+        shaped = first is not None and first.ndim == 4 and len(first) >= 4
+        if first is None or not shaped or len(set(blocks.values())) != 1:
             raise ValueError(
                 "no SongUNet of DDPM++ or NCSN++: it has no enc.<size>x<size>_conv.weight with"
                 " as many blocks enc.<size>x<size>_block<n> at every size"
@@ -71,7 +72,7 @@ class SongUNetConfig:
         levels = sorted(sizes, reverse=True)
 
         def inputs(name: str) -> int:
-            return state[name].shape[1] if name in state else 0
+            return state[name].shape[1] if name in state and state[name].ndim == 2 else 0
 
         return cls(
             image_size=levels[0],
@@ -95,13 +96,13 @@ class SongUNet(nn.Module):
         config: see :class:`SongUNetConfig`.
 
     Args of ``forward``:
-        x: ``(B, C, H, W)``.
+        x: ``(B, C, H, W)``, any floating dtype.
         noise_labels: c_noise, ``(B,)``.
         class_labels: one-hot ``(B, num_classes)``; None is no class.
         augment_labels: ``(B, augment_dim)``; None is no augmentation.
 
     Returns of ``forward``:
-        F, the shape of x.
+        F, the shape of x, in the dtype of the weights.
     """
 
     def __init__(self, config: SongUNetConfig) -> None:
@@ -166,14 +167,17 @@ class SongUNet(nn.Module):
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         """F; see the class."""
-        embedding = self.map_noise(noise_labels)
+        dtype = self.map_layer0.weight.dtype
+        x, embedding = x.to(dtype), self.map_noise(noise_labels).to(dtype)
         if self.config.num_classes:
             if class_labels is None:
                 class_labels = embedding.new_zeros(len(x), self.config.num_classes)
             scale = math.sqrt(self.config.num_classes)
             embedding = embedding + self.map_label(class_labels.to(embedding) * scale)
         if augment_labels is not None:
-            embedding = embedding + self.map_augment(augment_labels)
+            if not self.config.augment_dim:
+                raise ValueError("augment_labels were given, but the network has none")
+            embedding = embedding + self.map_augment(augment_labels.to(embedding))
         embedding = F.silu(self.map_layer1(F.silu(self.map_layer0(embedding))))
         image, skips = x, list[Tensor]()
         for layer in self.enc.values():

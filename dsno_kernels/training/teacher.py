@@ -151,13 +151,18 @@ def train(
         The average of the weights over the updates, in evaluation mode, on `device`.
 
     Raises:
-        CommandError: see `dsno_kernels.training.loop.fit`.
+        CommandError: another process; images of one value, for "edm" without `sigma_data`; see
+            `dsno_kernels.training.loop.fit`.
 
     Example:
         >>> teacher = train(images.digits(), config, DEFAULTS, Path("teacher"))
     """
+    if process not in BASES:
+        raise CommandError(f"process must be one of {', '.join(BASES)}, got {process!r}")
     level = float(data.images.std()) if sigma_data is None else sigma_data
-    if not level > 0.0:
+    # Not by their deviation, which rounding keeps from 0.
+    measured = process == "edm" and sigma_data is None
+    if measured and not data.images.max() > data.images.min():
         raise CommandError("the images are all the same, of one value; give --sigma-data")
     # Nothing of the last three where they have their defaults: as in checkpoints of before them.
     identity = {
@@ -253,7 +258,7 @@ def _add_process(group: argparse._ArgumentGroup) -> None:
 def _check_process(arguments: argparse.Namespace) -> None:
     """Whether the options of the process fit each other."""
     if arguments.multiplier is not None and not arguments.momentum:
-        raise CommandError("--multiplier is of --momentum; give both, or none")
+        raise CommandError("--multiplier needs --momentum; give it, too")
     if arguments.multiplier is not None and not 0.0 < arguments.multiplier < math.inf:
         raise CommandError(f"--multiplier must be positive, got {arguments.multiplier}")
     try:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dsno_kernels.diffusion.processes import integer
+
 
 @dataclass(frozen=True)
 class WeightWarmUp:
@@ -27,7 +29,8 @@ class WeightWarmUp:
         first, last: the ceiling of the first update, and where it ends.
 
     Raises:
-        ValueError: updates < 0, or not 0 < first < last.
+        TypeError: updates that are no integer. ValueError: updates < 0; not 0 < first < last, or
+            infinite.
 
     Example:
         >>> WeightWarmUp(200).ceiling(100)
@@ -39,11 +42,11 @@ class WeightWarmUp:
     last: float = 500.0
 
     def __post_init__(self) -> None:
-        if self.updates < 0:
+        if integer("updates", self.updates) < 0:
             raise ValueError(f"updates must be at least 0, got {self.updates}")
-        if not 0.0 < self.first < self.last:
+        if not 0.0 < self.first < self.last < math.inf:
             raise ValueError(
-                f"0 < first < last is required, got first={self.first}, last={self.last}"
+                f"0 < first < last < inf is required, got first={self.first}, last={self.last}"
             )
 
     def ceiling(self, update: int) -> float:

@@ -8,10 +8,11 @@ range between the ends of the grid,
     u^{call}_i &= u_i + \tanh(q_i)\, \tfrac{1}{2} \min(u_i - u_{i-1},\, u_{i+1} - u_i)
 
 with p the logits of the N gaps and q the offsets of the calls, so that times stay in order and a
-call stays nearer to its own time than to any other, whatever the numbers are. Calls at the ends of
-the grid stay there. LD3 clamps all offsets to half of the smallest gap, which stops their gradient,
-takes the bound from the graph, and in its log-SNR mode takes the gaps of the logits in place of
-those of the log-SNR; `official_times` does the same.
+call stays nearer to its own time than to any other of the grid, whatever the numbers are; the own
+time of a stage may lie between two of the grid. Calls at the ends of the grid stay there. LD3
+clamps all offsets to half of the smallest gap, which stops their gradient, takes the bound from the
+graph, and in its log-SNR mode takes the gaps of the logits in place of those of the log-SNR;
+`official_times` does the same.
 
 Source: LD3 (arXiv 2405.15506), section 4, and its official code.
 """
@@ -33,6 +34,8 @@ MODES = ("auto", "log_snr", "time")
 # Logits lie within +-8: no gap is so small that its times coincide in float64.
 _LOGITS = 8.0
 _HALF = 0.5  # of a gap: how far a call may be from its time
+# Of the range of u: times that are nearer to each other than that are the same, but for rounding.
+_ROUNDING = 1e-10
 
 # (times, denoiser_times or None) to the plan.
 Build = Callable[[Tensor, Tensor | None], SolverPlan]
@@ -76,8 +79,6 @@ class TimeParameters:
         self.mode = _mode(process, self.ends, mode)
         plan = build(grid.detach(), None)
         self.steps = len(grid) - 1
-        first = plan.advances.long().cumsum(0) - plan.advances.long()  # steps done before a call
-        self._step = first.clamp(max=self.steps - 1)
         calls = plan.model_times
         self._calls = calls if still else None
         self._fixed = (calls == self.ends[0]) | (calls == self.ends[1])
@@ -151,10 +152,10 @@ class TimeParameters:
         if not self.decoupled:
             return self.build(grid, self._calls)
         own = grid[:-1] if self._own else self.build(grid, None).model_times
-        sizes = (high - low) * gaps
-        before = torch.cat([sizes[:1], sizes])[self._step]
-        bounds = _HALF * torch.minimum(before, sizes[self._step])
-        moved = self._t(self._u(own) + bounds * torch.tanh(self.numbers[1]))
+        center = self._u(own)
+        away = (center[:, None] - torch.cat([low[None], u, high[None]])).abs()
+        others = away.masked_fill(away <= _ROUNDING * (high - low), torch.inf)
+        moved = self._t(center + _HALF * others.amin(1) * torch.tanh(self.numbers[1]))
         return self.build(grid, torch.where(self._fixed, own, moved))
 
     def _u(self, t: Tensor) -> Tensor:

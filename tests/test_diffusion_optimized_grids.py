@@ -19,6 +19,7 @@ from dsno_kernels.diffusion.optimized_grids import (
 from tests.diffusion_problems import Gaussian, golden
 
 pytest.importorskip("scipy")
+DOWN = torch.tensor([3.0, 2.0, 1.0, 0.0])
 
 
 @pytest.mark.parametrize("steps", [4, 5, 6])
@@ -123,6 +124,10 @@ def test_gits_is_the_best_of_all_paths(steps: int, weight: float) -> None:
     assert gits_grid(times, costs, steps, weight).tolist() == [8.0, *(8.0 - i for i in best), 0.0]
 
 
+def test_gits_goes_forward_whatever_lies_below_the_diagonal() -> None:
+    assert gits_grid(DOWN, torch.eye(4).neg().tolist(), 3).tolist() == DOWN.tolist()
+
+
 def test_gits_spends_its_steps_where_trajectories_bend() -> None:
     """On two points the bend is at sigma near their distance; a straight line is one step."""
     _, times, costs = costs_of_gaussian("l2")
@@ -138,6 +143,12 @@ def test_gits_spends_its_steps_where_trajectories_bend() -> None:
         (lambda: dmn_grid(EDM(), 0), "at least 1"),
         (lambda: gits_grid(torch.ones(4), torch.ones(3, 3), 2), r"shape \(4, 4\), got \(3, 3\)"),
         (lambda: gits_grid(torch.ones(4), torch.ones(4, 4), 4), r"1\.\.3"),
+        (lambda: dmn_grid(EDM(), 3, power=float("nan")), "power must be finite, got nan"),
+        (lambda: dmn_grid(EDM(), 3, separate=-1), "separate must be at least 0, got -1"),
+        (lambda: gits_grid(torch.arange(4.0), torch.ones(4, 4), 2), "times must decrease"),
+        (lambda: gits_grid(DOWN, torch.ones(4, 4), 2, weight=0.0), "weight must be positive"),
+        (lambda: gits_grid(DOWN, torch.ones(4, 4) * torch.nan, 2), "costs must be finite"),
+        (lambda: trajectory_costs(lambda x, t: x, EDM(), torch.ones(0, 1)), r"B >= 1, got \(0, 1"),
         (lambda: trajectory_costs(lambda x, t: x, EDM(), torch.ones(1, 1), metric="l3"), "l3.*l2"),
         (
             lambda: trajectory_costs(lambda x, t: x, EDM(), torch.ones(1, 1), solver="heun"),
@@ -150,7 +161,10 @@ def test_gits_spends_its_steps_where_trajectories_bend() -> None:
             "alpha = 0 and sigma = 1",
         ),
     ],
-    ids=["no step", "shapes", "more steps than the teacher", "metric", "stages", "alpha of 0"],
+    ids=[
+        *("no step", "shapes", "more steps than the teacher", "power", "separate", "times"),
+        *("weight", "costs", "no sample", "metric", "stages", "alpha of 0"),
+    ],
 )
 def test_refusals(call: object, match: str) -> None:
     with pytest.raises(ValueError, match=match):

@@ -17,6 +17,7 @@ An error of :math:`e_j` in the prediction at :math:`\lambda_j` is worth at most
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,8 +27,15 @@ from torch import Tensor
 
 from dsno_kernels.diffusion.grids import check_times, stacked, time_grid
 from dsno_kernels.diffusion.plan import SolverPlan
-from dsno_kernels.diffusion.processes import Process, integer, one_number, outside_inference_mode
+from dsno_kernels.diffusion.processes import (
+    Process,
+    as_float64,
+    integer,
+    one_number,
+    outside_inference_mode,
+)
 from dsno_kernels.diffusion.sample import sample
+from dsno_kernels.functional import checks
 
 METRICS = ("deviation", "l1", "l2")
 _ORDER = 3  # of the solvers that DMN is for
@@ -58,7 +66,8 @@ def dmn_grid(
         float64, ``(N + 1,)``, strictly decreasing.
 
     Raises:
-        ValueError, TypeError: as `time_grid` with kind "log_snr", from which the search starts.
+        ValueError, TypeError: as `time_grid` with kind "log_snr", from which the search starts; a
+        power that is not finite, `separate` below 0.
         ImportError: scipy is missing.
 
     Source: "Accelerating diffusion sampling with optimized time steps" (arXiv 2402.17376).
@@ -74,6 +83,10 @@ def dmn_grid(
     except ImportError:
         raise ImportError("dmn_grid needs scipy: pip install scipy") from None
     power, separate = one_number("power", power), integer("separate", separate)
+    if not math.isfinite(power):
+        raise ValueError(f"power must be finite, got {power}")
+    if separate < 0:
+        raise ValueError(f"separate must be at least 0, got {separate}")
     times = time_grid(process, steps, "log_snr", t_start=t_start, t_end=t_end)
     if len(times) == 2:
         return times
@@ -154,7 +167,8 @@ def trajectory_costs(
         where j <= i: for `gits_grid`.
 
     Raises:
-        ValueError: an unknown metric, a solver with several calls a step; as `sample`.
+        ValueError: an unknown metric, no sample, a solver with several calls a step; as `sample`.
+        TypeError: `x_T` is no tensor of real numbers.
 
     Source: GITS, "On the trajectory regularity of ODE-based diffusion sampling" (arXiv 2405.11326).
 
@@ -164,6 +178,9 @@ def trajectory_costs(
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
+    checks.real("x_T", x_T)
+    if x_T.ndim < 2 or len(x_T) == 0:
+        raise ValueError(f"x_T must have shape (B, ...), B >= 1, got {tuple(x_T.shape)}")
     grid = time_grid(process, 60, "karras") if times is None else times
     plan = SolverPlan.build(process, grid, solver, history="eps", prediction=prediction)
     if not torch.equal(plan.model_times, plan.grid[:-1]):
@@ -209,7 +226,7 @@ def gits_grid(times: Tensor, costs: Tensor, steps: int, weight: float = 1.15) ->
 
     Args:
         times: M + 1 decreasing times.
-        costs: ``(M + 1, M + 1)``, of `trajectory_costs`.
+        costs: ``(M + 1, M + 1)``, of `trajectory_costs`; read above the diagonal only.
         steps: N, at most M.
         weight: g; above 1 late steps, with little noise, count more.
 
@@ -217,17 +234,26 @@ def gits_grid(times: Tensor, costs: Tensor, steps: int, weight: float = 1.15) ->
         float64, ``(N + 1,)``: a subset of the times with both ends.
 
     Raises:
-        ValueError: shapes that do not fit, or N outside 1..M.
+        ValueError: shapes that do not fit, N outside 1..M, times that do not decrease, a weight
+        that is not positive, a cost that is not finite.
 
     Source: GITS (arXiv 2405.11326), algorithm 1; g = 1.15 in the official code.
     """
     steps, weight = integer("steps", steps), one_number("weight", weight)
-    given = stacked("times", times)
+    given, costs = stacked("times", times), as_float64("costs", costs)
     M = len(given) - 1
     if costs.shape != (M + 1, M + 1):
         raise ValueError(f"costs must have shape {(M + 1, M + 1)}, got {tuple(costs.shape)}")
     if not 1 <= steps <= M:
         raise ValueError(f"steps must be in 1..{M}, the steps of the teacher, got {steps}")
+    if not bool((given.diff() < 0).all()):
+        raise ValueError("times must decrease strictly")
+    if not 0.0 < weight < math.inf:
+        raise ValueError(f"weight must be positive and finite, got {weight}")
+    forward = torch.ones_like(costs, dtype=torch.bool).triu(1)
+    if not bool(costs[forward].isfinite().all()):
+        raise ValueError("costs must be finite above the diagonal; look at the teacher's samples")
+    costs = costs.masked_fill(~forward, torch.inf)
     remaining, choices = costs[:, -1], []
     for _ in range(steps - 1):
         remaining, choice = (costs + weight * remaining).min(1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsno_kernels.diffusion import (
+    EDM,
     LearnedGrid,
     LearningOptions,
     SolverPlan,
@@ -45,6 +46,10 @@ def test_a_denoiser_without_gradients_is_named_or_its_rest_is_learned(
         assert grid.times[:-1] != grid.denoiser_times
 
 
+def teacher_of(process: Any, start: float) -> SolverPlan:
+    return SolverPlan.build(process, [start, 0.3, 0.1], "ddim", prediction="x0")
+
+
 @pytest.mark.parametrize(
     ("use", "error", "message"),
     [
@@ -57,6 +62,12 @@ def test_a_denoiser_without_gradients_is_named_or_its_rest_is_learned(
         ({"x_T": torch.zeros(8)}, ValueError, r"x_T must have shape \(B, ...\)"),
         ({"x_T": torch.zeros(1, 6).double()}, ValueError, "1 samples cannot be divided"),
         ({"grid": [1.0, 0.5, 0.6, 0.1]}, ValueError, "grid must decrease strictly"),
+        ({"targets": "teacher"}, TypeError, "a tensor or the SolverPlan of a teacher, got str"),
+        ({"targets": teacher_of(EDM(), 1.0)}, ValueError, "plan is of EDM.*, not of VPLinear"),
+        ({"targets": teacher_of(VP, 0.5)}, ValueError, "plan starts at t = 0.5, the states x_T"),
+        ({"out": "nowhere/grid.json"}, ValueError, "folder that exists, got 'nowhere/grid.json'"),
+        ({"out": "."}, ValueError, r"out must be a file in a folder that exists, got '\.'"),
+        ({"decode": lambda x: x.detach()}, ValueError, "no gradient comes back from the loss"),
     ],
 )
 def test_bad_arguments(use: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -80,6 +91,23 @@ def test_bad_arguments(use: dict[str, Any], error: type[Exception], message: str
 def test_bad_options(option: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LearningOptions(**option)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"iterations": 2.5}, {"batch": "4"}, {"seed": 0.5}, {"rounds": None}, {"radius": "1"}],
+)
+def test_options_that_are_no_numbers(option: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(option))} must be "):
+        LearningOptions(**option)
+
+
+@pytest.mark.parametrize(("iterations", "rounds"), [(3, 4), (4, 4), (5, 4)])
+def test_the_iterations_are_those_of_all_rounds(iterations: int, rounds: int) -> None:
+    options = LearningOptions(
+        iterations=iterations, rounds=rounds, optimizer="adam", batch=4, soft=False
+    )
+    assert len(learned(options=options).losses) == iterations
 
 
 def test_the_official_parametrization_has_one_call_a_step() -> None:

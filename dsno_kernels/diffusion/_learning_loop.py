@@ -87,20 +87,21 @@ class Loop:
         """
         self._advance, self._judged = advance, judged
         self.judge()
-        each = -(-self.options.iterations // self.options.rounds)
-        optimize = self._lbfgs if self.options.optimizer == "lbfgs" else self._adam
-        for i in range(self.options.rounds):
+        iterations, searches = self.options.iterations, self.options.optimizer == "lbfgs"
+        optimize = self._lbfgs if searches else self._adam
+        rounds = min(self.options.rounds, iterations)
+        for i in range(rounds):
             before = len(self.losses)
             try:
-                optimize(each)
+                optimize(iterations * (i + 1) // rounds - iterations * i // rounds)
             except StoppedError:
                 self.parameters.restore(self.lowest.values)
                 self.judge()
                 raise
             self.judge()
-            last = i == self.options.rounds - 1
+            last = i == rounds - 1
             moved = self.options.soft and not last and self.move_starts()
-            if len(self.losses) - before <= 1 and not moved:
+            if searches and len(self.losses) - before <= 1 and not moved:
                 break  # nothing left to gain
 
     def judge(self) -> None:

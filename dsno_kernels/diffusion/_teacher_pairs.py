@@ -87,11 +87,17 @@ class Student:
         )
 
     def losses(self, pairs: Pairs, plan: SolverPlan, recompute: bool = False) -> Tensor:
-        """One a sample, float64."""
+        """One a sample, float64.
+
+        Raises:
+            ValueError: the samples have a gradient, and `decode` or the distance passes none on.
+        """
         made = self.samples(pairs, plan, recompute)
-        if self.decode is not None:
-            made = self.decode(made)
-        return _grid_losses.each(self.distance, made, pairs.targets)
+        shown = made if self.decode is None else self.decode(made)
+        losses = _grid_losses.each(self.distance, shown, pairs.targets)
+        if made.requires_grad and not losses.requires_grad:
+            raise ValueError("no gradient comes back from the loss: decode and loss must have one")
+        return losses
 
     @torch.no_grad()
     def taught(self, pairs: Pairs, teacher: SolverPlan, batch: int | None) -> Pairs:

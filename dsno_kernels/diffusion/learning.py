@@ -15,6 +15,7 @@ Source: LD3 (arXiv 2405.15506).
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -77,8 +78,8 @@ def learn_time_grid(
             enough (LD3, section 5). In a process group every process gets all of them, and works on
             its share.
         targets: what the teacher makes of them, ``(B, ...)``, after `decode` where there is one; or
-            the teacher's plan, which then makes them; by default that of UniPC-3 with 20 steps
-            between the same ends.
+            the teacher's plan of the same process and first time, which then makes them; by
+            default that of UniPC-3 with 20 steps between the same ends.
         solver, order, history, end, prediction: as in :meth:`SolverPlan.build`; no solver with
             noise.
         grid: the N + 1 times to begin with, whose ends stay; by default equal steps in log-SNR from
@@ -88,7 +89,8 @@ def learn_time_grid(
             gives one number a sample, ``(B,)``.
         decode: of samples, before they are compared; differentiable.
         options: what is seldom changed.
-        out: a file that always holds the best grid so far, also when learning is interrupted.
+        out: a file, in a folder that exists, that always holds the best grid so far, also when
+            learning is interrupted.
         callback: ``callback(i, loss)`` after the i-th training loss; if it returns True learning
             ends there.
         progress: show a bar (needs tqdm).
@@ -112,6 +114,8 @@ def learn_time_grid(
     Source: LD3 (arXiv 2405.15506).
     """
     options = LearningOptions() if options is None else options
+    if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+        raise ValueError(f"out must be a file in a folder that exists, got {str(out)!r}")
     if integer("steps", steps) < 2:
         raise ValueError(f"steps must be at least 2, got {steps}: the ends of a grid are fixed")
     checks.real("x_T", x_T)
@@ -144,6 +148,7 @@ def learn_time_grid(
     train, validation = (part.share() for part in _divided(pairs, options.validation))
     if not isinstance(targets, Tensor):
         teacher = _teacher(process, times, prediction) if targets is None else targets
+        _check_teacher(teacher, process, float(times[0]))
         train, validation = (
             student.taught(part, teacher, options.batch) for part in (train, validation)
         )
@@ -259,6 +264,24 @@ def _teacher(process: Any, times: Tensor, prediction: str) -> SolverPlan:
     return SolverPlan.build(
         process, grid, "unipc3_bh1", end="lower_order_final", prediction=prediction
     )
+
+
+def _check_teacher(teacher: object, process: Any, first: float) -> None:
+    if not isinstance(teacher, SolverPlan):
+        raise TypeError(
+            f"targets must be a tensor or the SolverPlan of a teacher, got {type(teacher).__name__}"
+        )
+    own, other = (
+        torch.cat([one.alpha(teacher.grid), one.sigma(teacher.grid)])
+        for one in (process, teacher.process)
+    )
+    if not torch.allclose(own, other, 1e-6, 1e-12):
+        raise ValueError(f"the teacher's plan is of {teacher.process!r}, not of {process!r}")
+    if not math.isclose(float(teacher.grid[0]), first, rel_tol=1e-6):
+        raise ValueError(
+            f"the teacher's plan starts at t = {float(teacher.grid[0])}, the states x_T are those"
+            f" of t = {first}"
+        )
 
 
 def _recordable(x: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from dsno_kernels.diffusion.processes import integer, one_number
 from dsno_kernels.diffusion.time_parameters import MODES
 
 OPTIMIZERS = ("lbfgs", "adam")
@@ -41,12 +43,12 @@ class LearningOptions:
             share of the gradient is missing, so the grid is not the best there is.
         match_official: LD3's own parametrization, optimizers and schedule, as its code has them.
             Of these options `mode`, `decoupled`, `soft`, `radius`, `batch` (2 by default),
-            `validation` (0.5 there) and `recompute` count then; validation data move, too, and the
-            first grid is equal steps in `mode`.
+            `validation` (0.5 there), `recompute`, `partial` and `seed` count then; validation data
+            move, too, and the first grid is equal steps in `mode`.
         seed: of the order of batches.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value out of range. TypeError: no number where one is needed.
     """
 
     mode: str = "auto"
@@ -71,6 +73,8 @@ class LearningOptions:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}; known are {', '.join(known)}"
                 )
+        self._convert(integer, "iterations", "rounds", "batch", "seed")
+        self._convert(one_number, "radius", "learning_rate", "validation")
         for name in ("iterations", "rounds", "batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -85,3 +89,10 @@ class LearningOptions:
             raise ValueError("match_official learns no coefficients: give one of them")
         if self.optimizer == "adam" and self.batch is None:
             raise ValueError("optimizer 'adam' needs a batch: give the samples of one")
+
+    def _convert(self, to: Callable[[str, object], float], *names: str) -> None:
+        """To plain numbers, which files can hold; None stays where it is the default."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None or getattr(type(self), name) is not None:
+                object.__setattr__(self, name, to(name, value))

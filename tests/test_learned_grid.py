@@ -116,6 +116,19 @@ def damaged(content: dict[str, Any], **changes: Any) -> str:
     return json.dumps({**content, **changes})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 5}, {"loss": "abc"}, {"baselines": {"log_snr": None}}, {"provenance": 5}],
+    ids=lambda change: next(iter(change)),
+)
+def test_files_with_a_damaged_value_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "grid.json"
+    grid_of().save(path)
+    path.write_text(damaged(json.loads(path.read_text()), **change))
+    with pytest.raises(GridFileError, match=r"grid\.json"):
+        LearnedGrid.load(path)
+
+
 def test_files_that_are_no_grid_are_refused_in_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "grid.json"
     grid_of().save(path)
@@ -129,7 +142,7 @@ def test_files_that_are_no_grid_are_refused_in_one_sentence(tmp_path: Path) -> N
         (damaged(content, format=2), "has format 2; this version knows format 1"),
         (json.dumps(part), "is no whole grid"),
         (damaged(content, times=times[::-1]), "learned for the process"),
-        (damaged(content, times=times[:3]), "learned for the process"),
+        (damaged(content, times=times[:3]), "steps is 4, and the times are those of 2"),
         (damaged(content, denoiser_times=times[:2]), "one time an evaluation"),
         (damaged(content, denoiser_times=[81.0, *times[1:4]]), "lies outside of the times"),
         (damaged(content, corrections=[[1.0]]), "shape of the table"),

@@ -68,6 +68,11 @@ class LearnedGrid:
         if self.corrections is not None:
             rows = tuple(tuple(map(float, row)) for row in self.corrections)
             object.__setattr__(self, "corrections", rows)
+        if self.loss is not None:
+            object.__setattr__(self, "loss", float(self.loss))
+        baselines = {name: float(loss) for name, loss in dict(self.baselines).items()}
+        object.__setattr__(self, "baselines", baselines)
+        object.__setattr__(self, "provenance", dict(self.provenance))
 
     @classmethod
     def of_plan(cls, plan: SolverPlan, **more: Any) -> LearnedGrid:
@@ -179,9 +184,12 @@ class LearnedGrid:
             description = content.pop("process")
             points = (content.pop("alphas"), content.pop("sigmas"))
             made = rebuilt(description) if process is None else process
-            for name in ("format", "kind", "steps"):
+            steps = content.pop("steps")
+            for name in ("format", "kind"):
                 content.pop(name)
             grid = cls(process=made, **content)
+            if steps != grid.steps:
+                raise ValueError(f"steps is {steps!r}, and the times are those of {grid.steps}")
             _same_points(made, grid.times, points, str(description.get("kind")))
             grid.plan()  # checks all the rest
         except (KeyError, TypeError, AttributeError) as error:
@@ -265,7 +273,7 @@ def _read(path: str | Path) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise GridFileError(f"{path} does not exist; give a grid file (.json)") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise GridFileError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(content, Mapping) or content.get("kind") != _KIND:
         raise GridFileError(f"{path} is no time grid; `LearnedGrid.save` writes them")

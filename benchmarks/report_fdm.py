@@ -109,6 +109,7 @@ def draw(results: list[Result], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     entries = results[-1].select(op="fdm")
     found = {entry["process"] for entry in entries}
@@ -131,7 +132,12 @@ def draw(results: list[Result], path: Path) -> None:
             ax.set_title(title)
             ax.set_xlabel(axis)
             ax.set_xscale("log")
+            ax.set_xticks(numbers, [str(number) for number in numbers])
+            ax.set_xticks([], minor=True)
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:.0f}")
+            ax.yaxis.set_minor_formatter("")
     axes[0, 0].set_ylabel("Fréchet distance")
     axes[1, 0].set_ylabel("Fréchet distance")
     axes[0, 0].legend()

@@ -74,9 +74,10 @@ def learn_time_grid(
         denoiser: as in :func:`sample`; differentiable in x and t. Its weights are not touched.
         process: the noising process.
         steps: N, at least 2.
-        x_T: states at the first time, as :func:`sample` takes them, ``(B, ...)``; a hundred are
-            enough (LD3, section 5). In a process group every process gets all of them, and works on
-            its share.
+        x_T: states at the first time, as :func:`sample` takes them, ``(B, ...)``; a hundred
+            are enough for a trained network (LD3, section 5), not for the exact denoiser of a data
+            set, whose jumps a grid would learn by heart. In a process group every process gets all
+            of them, and works on its share.
         targets: what the teacher makes of them, ``(B, ...)``, after `decode` where there is one; or
             the teacher's plan of the same process and first time, which then makes them; by
             default that of UniPC-3 with 20 steps between the same ends.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import dsno_kernels as dk
 from benchmarks import measure
-from benchmarks.bench_exp_step import GIB, MALLOC, SMOKE, threads_set
+from benchmarks.bench_exp_step import GIB, MALLOC, SMOKE, skip_unless_wanted, threads_set
 from benchmarks.host_cuda import on_gpu
 from dsno_kernels.diffusion import EDM, SolverPlan, sample, time_grid
 from tests.helpers import BUDGETS, rel_rms
@@ -130,10 +130,7 @@ def test_denoising(
     device: torch.device,
     smoke: bool,
 ) -> None:
-    if smoke and (threads, shape) != (1, SHAPES[0]):
-        pytest.skip("one small shape on one thread is enough to see that it runs")
-    if threads > 1 and (device.type == "cuda" or threads > (os.cpu_count() or 1)):
-        pytest.skip("threads of the host that are not there, or do not matter")
+    skip_unless_wanted(shape, threads, device, smoke)
     benchmark.group = f"denoising {shape}"
     b = Batch.of(SMOKE if smoke else shape, device)
     with threads_set(threads):
@@ -261,10 +258,7 @@ def test_heun(
     benchmark: Any, shape: tuple[int, ...], threads: int, device: torch.device, smoke: bool
 ) -> None:
     """A run of EDM's 13 steps whose network costs nothing."""
-    if smoke and (threads, shape) != (1, SHAPES[0]):
-        pytest.skip("one small shape on one thread is enough to see that it runs")
-    if threads > 1 and (device.type == "cuda" or threads > (os.cpu_count() or 1)):
-        pytest.skip("threads of the host that are not there, or do not matter")
+    skip_unless_wanted(shape, threads, device, smoke)
     benchmark.group = "heun"
     plan = heun_plan()
     x, output = torch.randn(2, *(SMOKE if smoke else shape), device=device).unbind(0)

@@ -106,6 +106,16 @@ def threads_set(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def skip_unless_wanted(
+    shape: tuple[int, ...], threads: int, device: torch.device, smoke: bool
+) -> None:
+    """Skip a case that says nothing here."""
+    if smoke and (threads, shape) != (1, SHAPES[0]):
+        pytest.skip("one small shape on one thread is enough to see that it runs")
+    if threads > 1 and (device.type == "cuda" or threads > (os.cpu_count() or 1)):
+        pytest.skip("threads of the host that are not there, or do not matter")
+
+
 def check(inputs: tuple[Tensor, ...], guided: bool) -> float:
     """Relative RMS error of our step against float64."""
     wide = tuple(t.double() for t in inputs)
@@ -127,10 +137,7 @@ def test_exp_step(
     device: torch.device,
     smoke: bool,
 ) -> None:
-    if smoke and (threads, shape) != (1, SHAPES[0]):
-        pytest.skip("one small shape on one thread is enough to see that it runs")
-    if threads > 1 and (device.type == "cuda" or threads > (os.cpu_count() or 1)):
-        pytest.skip("threads of the host that are not there, or do not matter")
+    skip_unless_wanted(shape, threads, device, smoke)
     benchmark.group = f"exp_step {shape}"
     inputs = torch.randn(5, *(SMOKE if smoke else shape), device=device).unbind(0)
     with torch.no_grad(), threads_set(threads):

@@ -8,7 +8,6 @@ for all gradients. A peer's call comes right before each of ours, so that `ratio
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 import dsno_kernels as dk
 from benchmarks import measure
-from benchmarks.bench_exp_step import SHAPES, SMOKE, threads_set
+from benchmarks.bench_exp_step import SHAPES, SMOKE, skip_unless_wanted, threads_set
 from tests.helpers import rel_rms
 
 # Gradients of the coefficients are sums of 200,000 products in float32, in another order.
@@ -102,10 +101,7 @@ def test_learned_step(
     device: torch.device,
     smoke: bool,
 ) -> None:
-    if smoke and (threads, shape) != (1, SHAPES[0]):
-        pytest.skip("one small shape on one thread is enough to see that it runs")
-    if threads > 1 and (device.type == "cuda" or threads > (os.cpu_count() or 1)):
-        pytest.skip("threads of the host that are not there, or do not matter")
+    skip_unless_wanted(shape, threads, device, smoke)
     benchmark.group = f"learned step {shape}"
     tensors = torch.randn(5, *(SMOKE if smoke else shape), device=device).unbind(0)
     inputs, cotangent = tensors[:4], tensors[4]

@@ -7,7 +7,6 @@ peer's call comes right before each of ours, so that `ratio` is the speed-up ove
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure, traffic
-from benchmarks.bench_exp_step import GUIDANCE, SHAPES, SMOKE, threads_set
+from benchmarks.bench_exp_step import GUIDANCE, SHAPES, SMOKE, skip_unless_wanted, threads_set
 from tests.helpers import rel_rms
 
 TINY = (1, 4, 8, 8)
@@ -105,11 +104,6 @@ def compared(
     return call, baseline, error
 
 
-def skip_threads(threads: int, device: torch.device) -> None:
-    if threads > 1 and (device.type == "cuda" or threads > (os.cpu_count() or 1)):
-        pytest.skip("threads of the host that are not there, or do not matter")
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("peer", PEERS)
@@ -125,11 +119,9 @@ def test_scheduler(
     device: torch.device,
     smoke: bool,
 ) -> None:
-    if smoke and (threads, shape) != (1, SHAPES[0]):
-        pytest.skip("one small shape on one thread is enough to see that it runs")
+    skip_unless_wanted(shape, threads, device, smoke)
     if kind == "scheduler_loop" and (guided or shape == SHAPES[-1]):
         pytest.skip("the loop of latents says what a loop costs")
-    skip_threads(threads, device)
     benchmark.group = f"{kind} {shape}"
     make = step_call if kind == "scheduler" else loop_call
     with torch.no_grad(), threads_set(threads):

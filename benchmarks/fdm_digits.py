@@ -1,6 +1,6 @@
 """Momentum diffusion (FDM) against its base processes on digits: distance by updates and by NFE.
 
-    python benchmarks/fdm_digits.py            # about 40 minutes on two quiet CPU cores
+    python benchmarks/fdm_digits.py            # an hour or more on two CPU cores
     python benchmarks/fdm_digits.py --smoke    # a few updates of each, to see that all of it runs
 
 Trains a teacher for each process (edm, vp, ve), without and with momentum, and each seed, by

@@ -1,6 +1,6 @@
 """Learned time grids (LD3) against hand-made ones on digits, by evaluations of the model.
 
-    python benchmarks/ld3_digits.py            # about ten minutes on two quiet CPU cores
+    python benchmarks/ld3_digits.py            # 3 minutes for the exact denoiser alone
     python benchmarks/ld3_digits.py --smoke    # a few iterations of each, to see that it runs
 
 Runs `learn-grid` for the digits' exact denoiser and for a trained teacher (`make digits` makes one,

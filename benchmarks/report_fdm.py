@@ -105,17 +105,15 @@ def _spread(distances: Distances, bold: bool) -> str:
 
 def draw(results: list[Result], path: Path) -> None:
     """Distance by updates and by evaluations, a panel a process; every seed is a point."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     entries = results[-1].select(op="fdm")
     found = {entry["process"] for entry in entries}
     titles = {process: title for process, title in TITLES.items() if process in found}
     halves = {"updates": by_updates(entries), "evaluations": by_evaluations(entries)}
-    figure, axes = plt.subplots(2, len(titles), figsize=(4 * len(titles), 6), squeeze=False)
+    figure = Figure(figsize=(4 * len(titles), 6), layout="constrained")
+    axes = figure.subplots(2, len(titles), squeeze=False)
     for line, (axis, half) in zip(axes, halves.items(), strict=True):
         for ax, (process, title) in zip(line, titles.items(), strict=True):
             for momentum, label, color in ((False, "base", "C0"), (True, "with momentum", "C1")):
@@ -141,6 +139,4 @@ def draw(results: list[Result], path: Path) -> None:
     axes[0, 0].set_ylabel("Fréchet distance")
     axes[1, 0].set_ylabel("Fréchet distance")
     axes[0, 0].legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)

@@ -20,8 +20,15 @@ def over() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# `python -m` calls itself so until it has found the module to run; "dsno-kernels" is our script.
-if os.path.basename(sys.argv[0]) in ("-m", "dsno-kernels") and (
-    signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
+def _our_command() -> bool:
+    """Whether this process runs our script, or `python -m dsno_kernels` and no other module."""
+    called = os.path.basename(next(iter(sys.argv), ""))
+    if called != "-m":  # so `python -m` calls itself until it has found the module
+        return called == "dsno-kernels"
+    words = iter(sys.orig_argv)
+    option = next((word for word in words if word.startswith("-m")), "")
+    return (option[2:] or next(words, "")) == "dsno_kernels"
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _our_command():
     signal.signal(signal.SIGINT, _end)

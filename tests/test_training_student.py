@@ -120,7 +120,7 @@ def test_the_loss_weighs_the_mean_difference_of_each_time(
 ) -> None:
     source = made_up(labels=labels)
     device = torch.device("cpu")
-    task = StudentTask(source, trajectory_loss.distance(name, 8, device), weight_limit=3.0)
+    task = StudentTask(source, trajectory_loss.distance(name, 8), weight_limit=3.0)
     index = torch.tensor([4, 1, 4])
     loss = task.loss(Shifted(), {"index": index})
     weights = torch.exp(0.5 * source.logsnr.double()).clamp(1, 3)
@@ -146,7 +146,7 @@ def test_lpips_is_that_of_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each frame goes to it as an RGB image; its values are averaged a time."""
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(CommandError, match=r"--loss lpips needs the package lpips; run: pip inst"):
-        trajectory_loss.distance("lpips", 32, torch.device("cpu"))
+        trajectory_loss.distance("lpips", 32)
 
     class LPIPS(nn.Module):
         def __init__(self, net: str, verbose: bool) -> None:
@@ -163,8 +163,8 @@ def test_lpips_is_that_of_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     package.LPIPS = LPIPS  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lpips", package)
     with pytest.raises(CommandError, match="images of at least 16x16 pixels, these are 8x8"):
-        trajectory_loss.distance("lpips", 8, torch.device("cpu"))
-    perceptual = trajectory_loss.distance("lpips", 32, torch.device("cpu"))
+        trajectory_loss.distance("lpips", 8)
+    perceptual = trajectory_loss.distance("lpips", 32)
     noise, states, _ = made_up().batch(torch.arange(6))
     made = Shifted()(noise, made_up().logsnr, None)
     with torch.autocast("cpu", torch.bfloat16):

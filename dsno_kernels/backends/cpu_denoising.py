@@ -13,28 +13,16 @@ import torch
 from torch import Tensor
 
 from dsno_kernels import _dense
+from dsno_kernels.backends.cpu_steps import _DTYPES, _pairs, _threads
 
 try:
     from dsno_kernels import _C
 except ImportError:  # `cpu.unsupported` says so
     _C = None  # type: ignore[assignment]
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NUMBERS = {torch.float32: 0, torch.float64: 3}  # of coefficients
-_GRAIN = 32768  # elements that are worth a thread
 
 Coefficient = float | tuple[int, int, int]
-
-
-def _threads(elements: int) -> int:
-    return min(torch.get_num_threads(), 1 + elements // _GRAIN)
-
-
-def _pairs(*tensors: Tensor | None) -> tuple[int, ...]:
-    flat: list[int] = []
-    for x in tensors:
-        flat += (0, 0) if x is None else (x.data_ptr(), _DTYPES[x.dtype])
-    return tuple(flat)
 
 
 def _coefficients(
@@ -74,7 +62,7 @@ def noised(
     _C.cpu_noised(
         samples,
         elements // samples,
-        _pairs(images, noise, y),
+        _pairs((images, noise, y)),
         0 if seeds is None else seeds.data_ptr(),
         numbers,
         _threads(elements),
@@ -104,7 +92,7 @@ def denoising_loss(
     _C.cpu_denoising_loss(
         samples,
         elements // samples,
-        _pairs(output, images, noise, grad),
+        _pairs((output, images, noise, grad)),
         0 if seeds is None else seeds.data_ptr(),
         numbers,
         ceiling,

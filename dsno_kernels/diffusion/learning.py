@@ -34,7 +34,7 @@ from dsno_kernels.diffusion.learning_options import LearningOptions
 from dsno_kernels.diffusion.plan import SolverPlan
 from dsno_kernels.diffusion.processes import integer, outside_inference_mode
 from dsno_kernels.diffusion.sample import progress_bar
-from dsno_kernels.diffusion.time_parameters import TimeParameters
+from dsno_kernels.diffusion.time_parameters import TimeParameters, finite_log_snr
 from dsno_kernels.functional import checks
 
 Denoiser = Callable[..., Tensor]
@@ -252,14 +252,13 @@ def _first_grid(process: Any, steps: int, grid: Tensor | None, mode: str) -> Ten
             raise ValueError(f"grid must hold {steps + 1} times, got {len(times)}")
         return times
     ends = torch.tensor([process.t_max, process.t_min], dtype=torch.float64)
-    finite = bool(torch.isfinite(process.log_snr(ends)).all())
-    return time_grid(process, steps, "log_snr" if finite and mode != "time" else "uniform")
+    counts = mode != "time" and finite_log_snr(process, ends)
+    return time_grid(process, steps, "log_snr" if counts else "uniform")
 
 
 def _teacher(process: Any, times: Tensor, prediction: str) -> SolverPlan:
     """LD3's: UniPC of order 3 with 20 steps, those of EDM where that is possible."""
-    finite = bool(torch.isfinite(process.log_snr(times[[0, -1]])).all())
-    kind = "karras" if finite else "uniform"
+    kind = "karras" if finite_log_snr(process, times[[0, -1]]) else "uniform"
     first, last = float(times[0]), float(times[-1])
     grid = time_grid(process, _TEACHER_STEPS, kind, t_start=first, t_end=last)
     return SolverPlan.build(

@@ -196,10 +196,15 @@ def official_times(
     return t1, t2
 
 
+def finite_log_snr(process: Any, times: Tensor) -> bool:
+    """Whether alpha and sigma are there at all these times."""
+    return bool(torch.isfinite(process.log_snr(times)).all())
+
+
 def _mode(process: Any, ends: Tensor, mode: str) -> str:
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; known are {', '.join(MODES)}")
-    finite = bool(torch.isfinite(process.log_snr(ends)).all())
+    finite = finite_log_snr(process, ends)
     if mode == "log_snr" and not finite:
         raise ValueError(
             f"mode 'log_snr' needs alpha > 0 and sigma > 0 at both ends of the grid, t ="

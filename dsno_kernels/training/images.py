@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg")
 ACCEPTED = "PNG or JPEG files (.png, .jpg, .jpeg)"
 DIGITS = "digits"
+# Each has a row of an embedding; more than four times as many as ImageNet-21k has.
+MOST_CLASSES = 100_000
 
 
 class Images(NamedTuple):

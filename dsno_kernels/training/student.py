@@ -156,9 +156,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     if teacher is not None:
         copied, left = initialize_from_teacher(student, teacher)
         _say(f"{len(copied)} weights are the teacher's, {len(left)} start anew")
-    task = StudentTask(
-        source, distance(arguments.loss, config.image_size, device), arguments.weight_limit
-    )
+    task = StudentTask(source, distance(arguments.loss, config.image_size), arguments.weight_limit)
     identity = {
         "config": dataclasses.asdict(config),
         "loss": arguments.loss,

@@ -33,7 +33,7 @@ from dsno_kernels.functional import denoising_loss, noised
 from dsno_kernels.models import DSNO, DSNOConfig, EDMDenoiser
 from dsno_kernels.training import distributed, images, network, options
 from dsno_kernels.training.errors import CommandError
-from dsno_kernels.training.images import Images
+from dsno_kernels.training.images import MOST_CLASSES, Images
 from dsno_kernels.training.loop import fit
 from dsno_kernels.training.options import Options
 from dsno_kernels.training.weight_warm_up import NO_WARM_UP, WeightWarmUp
@@ -53,8 +53,6 @@ P_MEAN, P_STD = 0.0, 1.6
 # What --process names; EDM gets the standard deviation of the data. VP's first time is EDM's.
 BASES = {"edm": EDM(), "vp": VPLinear(t_min=1e-5), "ve": VE()}
 MULTIPLIER = 2.0  # that of the official command
-# Each has a row of an embedding; more than four times as many as ImageNet-21k has.
-MOST_CLASSES = 100_000
 
 
 class TeacherTask:

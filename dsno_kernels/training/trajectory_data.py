@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dsno_kernels.training import manifest as manifests
+from dsno_kernels.training.images import MOST_CLASSES
 from dsno_kernels.training.manifest import TrajectoryError
-from dsno_kernels.training.trajectory_files import CHECKSUM, CLASSES, LABELS, ShardReader, found
+from dsno_kernels.training.trajectory_files import CHECKSUM, LABELS, ShardReader, found
 
 
 def shard_name(shard: int, shards: int) -> str:
@@ -211,8 +212,9 @@ def _labels(path: Path) -> Tensor:
         raise TrajectoryError(f"{path} cannot be read ({error})") from None
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise TrajectoryError(f"{path} must hold integers (N,), got {values.dtype} {values.shape}")
-    if values.size and not 0 <= int(values.min()) <= int(values.max()) < CLASSES:
+    if values.size and not 0 <= int(values.min()) <= int(values.max()) < MOST_CLASSES:
         raise TrajectoryError(
-            f"{path} must hold classes in 0..{CLASSES - 1}, got {values.min()} to {values.max()}"
+            f"{path} must hold classes in 0..{MOST_CLASSES - 1},"
+            f" got {values.min()} to {values.max()}"
         )
     return torch.from_numpy(values.astype(np.int64))

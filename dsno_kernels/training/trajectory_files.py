@@ -22,7 +22,6 @@ from dsno_kernels.training.manifest import TrajectoryError
 
 CHECKSUM = "sha256.txt"
 LABELS = "labels.npy"
-CLASSES = 100_000  # as many as `train teacher` takes; more would be a mistake
 _LENGTH = b"length"
 # An LMDB begins with two pages of this size or more.
 _PAGE = 4096

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dsno_kernels.diffusion import _grid_losses
 from dsno_kernels.training.errors import CommandError
 from dsno_kernels.training.trajectory_source import Source
 
@@ -45,45 +46,34 @@ def l2(made: Tensor, wanted: Tensor) -> Tensor:
     return (made - wanted).square().mean(dim=(0, 2, 3, 4))
 
 
-class Perceptual(nn.Module):
+def perceptual(image_size: int) -> Distance:
     """LPIPS in the features of VGG, by the package `lpips`.
 
     Raises:
         CommandError: the package is not installed, or the images are too small for VGG.
-
-    Source: Zhang et al., "The unreasonable effectiveness of deep features" (arXiv 1801.03924).
     """
+    if image_size < LPIPS_SMALLEST:
+        raise CommandError(
+            f"--loss lpips needs images of at least {LPIPS_SMALLEST}x{LPIPS_SMALLEST} pixels,"
+            f" these are {image_size}x{image_size}; take l1 or l2"
+        )
+    try:
+        of_images = _grid_losses.lpips()
+    except ImportError:
+        raise CommandError(
+            "--loss lpips needs the package lpips; run: pip install lpips, or take l1 or l2"
+        ) from None
 
-    def __init__(self, image_size: int) -> None:
-        super().__init__()
-        try:
-            import lpips
-        except ModuleNotFoundError:
-            raise CommandError(
-                "--loss lpips needs the package lpips; run: pip install lpips, or take l1 or l2"
-            ) from None
-        if image_size < LPIPS_SMALLEST:
-            raise CommandError(
-                f"--loss lpips needs images of at least {LPIPS_SMALLEST}x{LPIPS_SMALLEST} pixels,"
-                f" these are {image_size}x{image_size}; take l1 or l2"
-            )
-        self.network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+    def distance(made: Tensor, wanted: Tensor) -> Tensor:
+        values = of_images(made.flatten(0, 1), wanted.flatten(0, 1))
+        return values.view(made.shape[:2]).mean(dim=0)
 
-    def forward(self, made: Tensor, wanted: Tensor) -> Tensor:
-        B, T, C = made.shape[:3]
-        channels = 3 if C == 1 else C
-        pair = [frames.flatten(0, 1).expand(-1, channels, -1, -1) for frames in (made, wanted)]
-        # The difference of two nearby images is less than what bfloat16 resolves.
-        with torch.autocast(made.device.type, enabled=False):
-            distances: Tensor = self.network(*pair)
-        return distances.view(B, T).mean(dim=0)
+    return distance
 
 
-def distance(name: str, image_size: int, device: torch.device) -> Distance:
+def distance(name: str, image_size: int) -> Distance:
     """The distance of a name of `LOSSES`."""
-    if name == "lpips":
-        return Perceptual(image_size).to(device)
-    return {"l1": l1, "l2": l2}[name]
+    return perceptual(image_size) if name == "lpips" else {"l1": l1, "l2": l2}[name]
 
 
 class StudentTask:

@@ -17,10 +17,10 @@ from torch import Tensor
 from dsno_kernels._noise import standard_normal
 from dsno_kernels.diffusion import SolverPlan, sample
 from dsno_kernels.training import manifest as manifests
+from dsno_kernels.training.images import MOST_CLASSES
 from dsno_kernels.training.trajectory_data import shard_name, shard_range
 from dsno_kernels.training.trajectory_files import (
     CHECKSUM,
-    CLASSES,
     LABELS,
     ShardReader,
     ShardWriter,
@@ -170,8 +170,8 @@ def _check(
         raise ValueError("guidance needs classes")
     if classes is not None and len(classes) == 0:
         raise ValueError("classes must name at least one class")
-    if classes is not None and not 0 <= min(classes) <= max(classes) < CLASSES:
-        raise ValueError(f"classes must be in 0..{CLASSES - 1}, got {list(classes)}")
+    if classes is not None and not 0 <= min(classes) <= max(classes) < MOST_CLASSES:
+        raise ValueError(f"classes must be in 0..{MOST_CLASSES - 1}, got {list(classes)}")
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
 

@@ -62,6 +62,7 @@ TABLES = (
     "model_gpu",
     "student_gpu",
     "exp_step_gpu",
+    "ld3_step_gpu",
     "schedulers_gpu",
     "denoising_gpu",
 )
@@ -81,9 +82,10 @@ LARGE_OR_AGAIN = "16x4 or 256x256 or -2] or compile and (guided or overhead)"
 BENCHMARKS = {
     "bench_spectral_conv": Benchmarks(480, 0.5, 105, "compile and real"),
     "bench_overhead": Benchmarks(10, 3, 15),
-    "bench_model": Benchmarks(43, 2.5, 45),
+    "bench_model": Benchmarks(43, 2.5, 40),
     "bench_training": Benchmarks(8, 5, 20),
     "bench_exp_step": Benchmarks(42, 1.3, 20, LARGE_OR_AGAIN),
+    "bench_ld3": Benchmarks(6, 4, 10, LARGE_OR_AGAIN),
     "bench_denoising": Benchmarks(16, 1.5, 15, "16x3 or 256x256 or -2]"),
     "bench_schedulers": Benchmarks(36, 1.2, 20, LARGE_OR_AGAIN, ("pytest", "torch", "diffusers")),
 }
@@ -175,7 +177,7 @@ def stages(out: Path, tune: bool, dry_run: bool) -> list[Stage]:
             "compile",
             [python, "benchmarks/compile_ahead.py", "--device", device],
             90,
-            40,
+            35,
             ("pytest", "triton"),
             environment=interpreted,
         ),

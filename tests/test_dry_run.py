@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_exp_step, gpu, journal, peers, shapes, targets
+from benchmarks import bench_exp_step, bench_ld3, gpu, journal, peers, shapes, targets
 from tests import interpreter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +70,7 @@ KEPT = {
         *("eager-guided-1]", "torch.compile-plain-1]", "overhead[diffusers DEIS-3-guided]"),
         *("test_exp_step_of_one_gib", "test_captured_loop"),
     ],
+    "bench_ld3": [f"[64x3x32x32-{peer}-1]" for peer in bench_ld3.PEERS],
     "bench_denoising": [
         *("[64x3x32x32-eager-drawn-1]", "[64x3x32x32-torch.compile-given-1]"),
         *("test_denoising_of_one_gib[drawn]", "test_denoising_of_one_gib[given]"),

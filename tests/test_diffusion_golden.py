@@ -1,4 +1,7 @@
-"""T1: coefficients and trajectories of the official DEIS code, and of exact integrals."""
+"""T1: coefficients and trajectories of the official DEIS code, and of exact integrals.
+
+Those of the official code are of VPLinear; golden/make_deis_processes.py made those of the others.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor
 from dsno_kernels import diffusion
 from dsno_kernels.diffusion.solvers.runge_kutta import TABLEAUS
 
-GOLDEN = Path(__file__).parent / "golden" / "deis_vp_linear.npz"
+GOLDEN = Path(__file__).parent / "golden"
 PROCESS = diffusion.VPLinear()
 # Both sides are float64; the golden integrals have 64 Gauss-Legendre nodes a step.
 EXACT = 1e-10
@@ -22,14 +25,19 @@ RIEMANN = 1e-3
 # 10 steps of float64 that grow by a factor of 150.
 TRAJECTORY = 1e-12
 
-with np.load(GOLDEN) as file:
-    VALUES = {key: torch.from_numpy(file[key]) for key in file.files}
+
+def values_of(name: str) -> dict[str, Tensor]:
+    with np.load(GOLDEN / name) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+VALUES = values_of("deis_vp_linear.npz")
 GRIDS = sorted({key.rsplit("/", 1)[0].split("/", 1)[1] for key in VALUES if "rev_ts" in key})
 
 
-def eps(x: Tensor, t: Tensor) -> Tensor:
+def eps(x: Tensor, t: Tensor, process: diffusion.Process = PROCESS) -> Tensor:
     """The exact noise prediction of Gaussian data N(mu, diag(s^2))."""
-    alpha, sigma, mu, s = PROCESS.alpha(t), PROCESS.sigma(t), VALUES["mu"], VALUES["s"]
+    alpha, sigma, mu, s = process.alpha(t), process.sigma(t), VALUES["mu"], VALUES["s"]
     return sigma * (x - alpha * mu) / ((alpha * s) ** 2 + sigma**2)
 
 
@@ -37,27 +45,35 @@ def coefficients(plan: diffusion.SolverPlan, of_v: bool) -> Tensor:
     """a, c_0, c_1, ..; those of v = x / alpha for rho_ab, whose golden values are of v."""
     a, c = plan.column("a_b"), plan.column("c_b")
     if of_v:
-        alpha = PROCESS.alpha(plan.grid)
+        alpha = plan.process.alpha(plan.grid)
         a, c = a * alpha[:-1] / alpha[1:], c / alpha[1:, None]
     return torch.cat([a[:, None], c], 1)
 
 
-def case(key: str) -> tuple[str, diffusion.SolverPlan]:
+def case(
+    key: str, values: dict[str, Tensor] = VALUES, process: diffusion.Process = PROCESS
+) -> tuple[str, diffusion.SolverPlan]:
     """The golden name of a method and our plan for it."""
     grid, method = key.rsplit("/", 2)[0], key.rsplit("/", 2)[1]
     name = {"ipndm": "ipndm4"}.get(method, method.replace("_ab", "ab").replace("_rk", "rk"))
-    return method, diffusion.SolverPlan.build(PROCESS, VALUES[f"{grid}/rev_ts"], name)
+    return method, diffusion.SolverPlan.build(process, values[f"{grid}/rev_ts"], name)
 
 
-def calls_and_result(plan: diffusion.SolverPlan) -> Tensor:
+def row_errors(actual: Tensor, expected: Tensor) -> Tensor:
+    """Of coefficients, relative to the largest of their row; columns that are missing are 0."""
+    actual = torch.nn.functional.pad(actual, (0, expected.shape[1] - actual.shape[1]))
+    return (actual - expected).abs() / expected.abs().amax(1, keepdim=True)
+
+
+def calls_and_result(plan: diffusion.SolverPlan, x_T: Tensor = VALUES["x_T"]) -> Tensor:
     """The state at each model call, then the sample."""
     states: list[Tensor] = []
 
     def record(x: Tensor, t: Tensor) -> Tensor:
         states.append(x)
-        return eps(x, t)
+        return eps(x, t, plan.process)
 
-    states.append(plan.replay(record, VALUES["x_T"]))
+    states.append(plan.replay(record, x_T))
     return torch.stack(states)
 
 
@@ -68,9 +84,7 @@ def test_coefficients(source: str) -> None:
     for key in keys:
         method, plan = case(key)
         expected = VALUES[key]
-        actual = coefficients(plan, of_v=method.startswith("rho"))
-        actual = torch.nn.functional.pad(actual, (0, expected.shape[1] - actual.shape[1]))
-        error = ((actual - expected).abs() / expected.abs().amax(1, keepdim=True)).max()
+        error = row_errors(coefficients(plan, of_v=method.startswith("rho")), expected).max()
         closed = method in ("ipndm", "rho_ab0")
         assert float(error) <= (EXACT if source == "exact" or closed else RIEMANN), (key, error)
 
@@ -103,4 +117,28 @@ def test_runge_kutta_trajectories(tableau: str) -> None:
         plan = diffusion.SolverPlan.build(PROCESS, times, f"rhork_{tableau}")
         expected = VALUES[key]
         error = (calls_and_result(plan) - expected).abs().max() / expected.abs().max()
+        assert float(error) <= TRAJECTORY, (key, error)
+
+
+OTHERS = values_of("deis_processes.npz")
+OTHER_PROCESSES = {
+    "vp_cos": diffusion.VPCosine(normalized=False),
+    "vp_cos_normalized": diffusion.VPCosine(),
+    "vp_discrete": diffusion.DiscreteVP(OTHERS["alphas_cumprod"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PROCESSES)
+def test_coefficients_and_trajectories_of_other_processes(name: str) -> None:
+    """Of N = 5, 10, 20 on each grid: t, rho and log rho AB of degrees 0 to 3, iPNDM."""
+    keys = [k for k in OTHERS if k.startswith(f"{name}/") and k.endswith("coef")]
+    assert len(keys) == (9 if name == "vp_discrete" else 12) * 13
+    for key in keys:
+        method, plan = case(key, OTHERS, OTHER_PROCESSES[name])
+        actual = coefficients(plan, of_v=method.startswith("rho"))
+        error = row_errors(actual, OTHERS[key]).max()
+        assert float(error) <= EXACT, (key, error)
+        states = calls_and_result(plan, VALUES["x_T"][0])
+        expected = OTHERS[key.replace("coef", "traj")]
+        error = (states - expected).abs().max() / expected.abs().max()
         assert float(error) <= TRAJECTORY, (key, error)

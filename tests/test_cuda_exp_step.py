@@ -19,6 +19,7 @@ from torch import Tensor
 
 import dsno_kernels as dk
 from dsno_kernels.backends import cpu, reference_steps
+from dsno_kernels.backends._solver_step import Memory, Step
 from dsno_kernels.backends.cuda_steps import Steps
 from tests import shim, step_shim, test_step_noise
 from tests import test_solver_step as on_the_cpu
@@ -219,12 +220,6 @@ def test_solver_step_in_place(behind_the_ops: None, K: int) -> None:
     on_the_cpu.test_in_place_with_inputs_that_are_the_state("cpu", K)
 
 
-def solver_options(**options: Any) -> dict[str, Any]:
-    names = "unconditional base head noise seed table index guidance scale low high"
-    plain = dict.fromkeys(names.split()) | {"values": [], "guidance_value": 1.0}
-    return plain | {"history": [], "looks_ahead": False} | options
-
-
 @pytest.mark.parametrize("memory", ["contiguous", "offset"])
 @pytest.mark.parametrize("dtypes", [(F32,), (F32, BF16, F16), (F64, F32), (BF16,)])
 def test_solver_step_touches_only_its_memory(
@@ -237,21 +232,19 @@ def test_solver_step_touches_only_its_memory(
             tensor((2, size), dtypes[j % len(dtypes)], memory, (0, 1)) for j in range(8)
         )
         ring = torch.stack([slot.to(dtypes[0]) for slot in slots])
-        options = solver_options(
-            unconditional=u, base=base, history=list(ring), noise=noise, table=table,
+        step = Step(
+            point, output, unconditional=u, base=base, history=list(ring), noise=noise, table=table,
             index=torch.tensor([3, 1]), head=torch.tensor(1), guidance=torch.tensor([2.5, 0.5]),
             low=-2.0, high=1.5, looks_ahead=True,
         )  # fmt: skip
         wanted = [base.dtype, point.dtype, None, F32]
         exact_ring = ring.double().clone()
-        widened = options | {"unconditional": u.double(), "base": base.double()}
-        widened["noise"] = noise.double()
-        widened["history"] = list(ring.double().clone())
-        exact = reference_steps.solver_step(
-            point.double(), output.double(), dtypes=[F64, F64, None, F64], ring=exact_ring,
-            **widened,
+        wide = step._replace(
+            point=point.double(), output=output.double(), unconditional=u.double(),
+            base=base.double(), noise=noise.double(), history=list(ring.double().clone()),
         )  # fmt: skip
-        found = sanitized.solver_step(point, output, dtypes=wanted, ring=ring, **options)
+        exact = reference_steps.solver_step(wide, [F64, F64, None, F64], Memory(ring=exact_ring))
+        found = sanitized.solver_step(step, wanted, Memory(ring=ring))
         assert found[2] is None
         for actual, expected, dtype in zip(found, exact, wanted, strict=True):
             if dtype is not None:
@@ -271,13 +264,13 @@ def test_noise_is_that_of_the_definition(
     """
     x, seed = tensor((3, size), dtype, memory, (0, 1)), torch.tensor([2**62 + 11, 2**33 + 5])
     rows = torch.tensor([on_the_cpu.NOISE_ROW]).expand(3, 8)
-    options = {"seed": seed, "dtypes": [F64 if dtype == F64 else F32, None, None, None]}
+    step, wanted = Step(x, x, seed=seed), [F64 if dtype == F64 else F32, None, None, None]
     exact = reference_steps.normal_noise(seed, 3 * size).reshape(3, size)
     for row in ({"table": rows}, {"values": on_the_cpu.NOISE_ROW}):
-        drawn = steps.solver_step(x, x, **solver_options(**row, **options))[0]
+        drawn = steps.solver_step(step._replace(**row), wanted)[0]
         bound = 1e-14 if dtype == F64 else 2e-6
         assert (drawn.double() - exact).abs().max() <= bound
-    other = steps.solver_step(x, x, **solver_options(**row, **options | {"seed": seed + 1}))[0]
+    other = steps.solver_step(step._replace(seed=seed + 1, **row), wanted)[0]
     assert (other - drawn).abs().max() > 1e-3
 
 
@@ -289,8 +282,8 @@ def test_noise_does_not_depend_on_strides(behind_the_ops: None, order: str, rows
 
 def test_noise_of_the_cpu_kernels(steps: Steps) -> None:
     x, seed = torch.zeros(1031), torch.tensor([5, 7])
-    row = {"values": on_the_cpu.NOISE_ROW, "seed": seed, "dtypes": [F32, None, None, None]}
-    drawn = steps.solver_step(x, x, **solver_options(**row))[0]
+    step = Step(x, x, values=on_the_cpu.NOISE_ROW, seed=seed)
+    drawn = steps.solver_step(step, [F32, None, None, None])[0]
     same = dk.solver_step(x, x, on_the_cpu.NOISE_ROW, seed=seed, backend="cpu").base
     assert (drawn - same).abs().max() <= 4e-6
 
@@ -337,7 +330,8 @@ def test_few_blocks_do_the_work_of_many(tmp_path: Path) -> None:
     check_exp_step(steps, tensors, **rows)
     check_backward(steps, tensors[0], tensors, True, **rows)
     table, seed = on_the_cpu.row_of(2, 5).float(), torch.tensor([1, 2])
-    options = solver_options(table=table, history=tensors[2:3], seed=seed)
-    found = steps.solver_step(*tensors[:2], dtypes=[F32, None, None, None], **options)[0]
-    exact = reference_steps.solver_step(*tensors[:2], dtypes=[F32, None, None, None], **options)[0]
+    step, wanted = Step(*tensors[:2], table=table, history=tensors[2:3], seed=seed), [F32]
+    wanted += [None] * 3
+    found = steps.solver_step(step, wanted)[0]
+    exact = reference_steps.solver_step(step, wanted)[0]
     assert_close(found, exact.double(), 10 * STEP)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import traffic
 from tests.helpers import assert_close, rel_rms
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -316,6 +317,27 @@ def test_inputs_are_named_as_in_step(name: str) -> None:
         with pytest.raises(kind, match=message):
             scheduler.step(*inputs, **options)
     assert bool(scheduler.step(x, t, x).prev_sample.isfinite().all())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_failed_step_leaves_the_place_in_the_schedule(name: str) -> None:
+    scheduler, twin, x = scheduled(ours(name)), scheduled(ours(name)), start()
+    with pytest.raises(ValueError, match="model_output must have the shape of sample"):
+        scheduler.step(x[:1], scheduler.timesteps[1], x)
+    assert scheduler.step_index is None
+    for t in scheduler.timesteps[:3]:
+        assert torch.equal(scheduler.step(x, t, x)[0], twin.step(x, t, x)[0])
+        with pytest.raises(TypeError, match="sample must be real floating point"):
+            scheduler.step(x, t, x.long())
+        assert scheduler.step_index == twin.step_index
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_guided_step_moves_each_tensor_once(name: str) -> None:
+    scheduler, (x, m, u) = scheduled(ours(name)), torch.randn(3, 2, 3, 4, 4)
+    options = {"unconditional": u, "guidance": 2.0}
+    found = traffic.of(lambda: scheduler.step(m, scheduler.timesteps[0], x, **options), x)
+    assert found == {"read": 3.0, "written": 2.0}  # x, m, u; the next sample, history or x0
 
 
 def test_inputs_of_ddim_are_named_as_in_step() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 import dsno_kernels as dk
 from dsno_kernels import _C
 from dsno_kernels.backends import cpu, reference_steps
+from dsno_kernels.backends._solver_step import Step
 from tests.helpers import FLOAT64, assert_close, rel_rms
 from tests.test_exp_step import STEP, STEP_BACKENDS, isa  # noqa: F401
 
@@ -553,10 +554,11 @@ def test_a_planted_wrong_column_is_noticed(monkeypatch: pytest.MonkeyPatch, colu
     """Each column matters: the values change where one is another number."""
     run = cpu.solver_step
 
-    def defect(point: Tensor, output: Tensor, *, table: Tensor, **options: Any) -> Any:
-        table = table.clone()
+    def defect(step: Step, *rest: Any) -> Any:
+        assert step.table is not None
+        table = step.table.clone()
         table[..., column] += 0.5
-        return run(point, output, table=table, **options)
+        return run(step._replace(table=table), *rest)
 
     def check() -> None:
         torch.manual_seed(1)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 import dsno_kernels as dk
 from dsno_kernels.backends import reference_steps
+from dsno_kernels.backends._solver_step import Memory, Step
 
 SHAPE = (3, 5)
 
@@ -62,12 +63,13 @@ def test_the_reference(index: str) -> None:
             x, [x, m], columns=[0, 1], dtypes=[x.dtype] * 2, per_sample=False, **step
         )
         for head in (None, integers()):
-            found = reference_steps.solver_step(
-                x, m, unconditional=m, base=x, history=list(ring)[: K - 1], head=head, noise=None,
-                seed=integers(2), table=table, values=[], guidance=empty(), guidance_value=1.0,
-                scale=None, low=-1.0, high=1.0, looks_ahead=True, dtypes=[x.dtype] * 4, ring=ring,
-                slot=1, **rows,
+            solver = Step(
+                x, m, unconditional=m, base=x, history=list(ring)[: K - 1], head=head,
+                seed=integers(2), table=table, guidance=empty(), low=-1.0, high=1.0,
+                looks_ahead=True, **rows,
             )  # fmt: skip
+            memory = Memory(ring=ring, slot=1)
+            found = reference_steps.solver_step(solver, [x.dtype] * 4, memory)
         assert all(new is not None and new.is_meta for new in found)
         assert reference_steps.abs_rank(x, 2).shape == (3, 2)
 

@@ -1,8 +1,8 @@
 """The integrator steps on the CPU: layouts and addresses for `dsno_kernels._C`.
 
 Every tensor is brought into the memory order of the result (a copy only where it differs), so that
-the kernels see `[samples][size]`. Signatures are those of `reference_steps`; `out` and `new_base`
-name memory to write into.
+the kernels see `[samples][size]`. Signatures are those of `reference_steps`; `out` is memory to
+write into.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsno_kernels import _dense
+from dsno_kernels.backends._solver_step import NEW, Memory, Step
 
 try:
     from dsno_kernels import _C
@@ -164,54 +165,29 @@ def exp_step_backward(
 
 
 def solver_step(
-    point: Tensor,
-    output: Tensor,
-    *,
-    unconditional: Tensor | None,
-    base: Tensor | None,
-    history: Sequence[Tensor],
-    head: Tensor | None,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    table: Tensor | None,
-    values: Sequence[float],
-    index: Tensor | None,
-    guidance: Tensor | None,
-    guidance_value: float,
-    scale: Tensor | None,
-    low: float | None,
-    high: float | None,
-    looks_ahead: bool,
-    dtypes: Sequence[torch.dtype | None],
-    new_base: Tensor | None = None,
-    ring: Tensor | None = None,
-    slot: int = 0,
+    step: Step, dtypes: Sequence[torch.dtype | None], memory: Memory = NEW
 ) -> list[Tensor | None]:
-    per_sample = (
-        _per_sample(table, index)
-        or scale is not None
-        or (guidance is not None and guidance.ndim == 1)
-    )
-    strides = _dense.dense_strides(point, per_sample)
-    K = (len(values) if table is None else table.shape[-1]) // 2 - 3
+    point, output, unconditional, base, history, head, noise, seed, table, values, index = step[:11]
+    guidance, guidance_value, scale, low, high, looks_ahead = step[11:]
+    per_sample, K = step.per_sample, step.order
     entries = history if head is None else _newest_first(history, head)
     inputs = [point, output, unconditional, base, noise, *entries[: K - 1]]
-    entry = None
-    if ring is not None:
-        entry = ring[slot if head is None else (int(head) + 1) % ring.shape[0]]
-    for target in (new_base, entry):
-        if target is not None:
-            inputs = _dense.untangled(inputs, target)
+    targets = _NO_TARGETS
+    if memory is not NEW:
+        new_base, ring, slot = memory
+        entry = None
+        if ring is not None:
+            entry = ring[slot if head is None else (int(head) + 1) % ring.shape[0]]
+        targets = (new_base, None, entry, None)
+        for target in (new_base, entry):
+            if target is not None:
+                inputs = _dense.untangled(inputs, target)
+    strides = _dense.dense_strides(point, per_sample)
     pairs, _copies = _pairs_in_order(inputs, strides)
-    targets = (new_base, None, entry, None)
-    outputs = [
-        None if target is None and dtype is None else _result(point, strides, target, dtype)
-        for target, dtype in zip(targets, dtypes, strict=True)
-    ]
+    outputs = _results(point, strides, targets, dtypes)
     where, row, _alive = _rows(table, index, values)
-    if guidance is None:
-        guidance_where: tuple[int, ...] = ()
-    else:
+    guidance_where: tuple[int, ...] = ()
+    if guidance is not None:
         guidance = guidance.to(torch.float64)
         stride = guidance.stride(0) if guidance.ndim else 0
         guidance_where = (guidance.data_ptr(), 3, stride, 0, 0, 0)
@@ -219,7 +195,8 @@ def solver_step(
         scale = scale.to(torch.float32).contiguous()
     if seed is not None:
         seed = seed.contiguous()
-    samples, elements = point.shape[0] if per_sample else 1, point.numel()
+    elements = point.numel()
+    samples = point.shape[0] if per_sample else 1
     _C.cpu_solver_step(
         samples,
         elements // samples,
@@ -238,28 +215,41 @@ def solver_step(
         looks_ahead,
         _threads(elements),
     )
-    for target, x in ((new_base, outputs[0]), (entry, outputs[2])):
-        if target is not None and x is not None and x is not target:
-            target.copy_(x)
+    if memory is not NEW:
+        for target, x in zip(targets, outputs, strict=True):
+            if target is not None and x is not None and x is not target:
+                target.copy_(x)
     return [
         None if x is None or dtype is None else x if x.dtype is dtype else x.to(dtype)
         for x, dtype in zip(outputs, dtypes, strict=True)
     ]
 
 
-def _result(
-    point: Tensor, strides: tuple[int, ...], target: Tensor | None, dtype: torch.dtype | None
-) -> Tensor | None:
-    """Where the kernel writes one result: the target itself where it can."""
-    if target is not None:
-        dtype = target.dtype
-        if dtype in _DTYPES and _dense.has_strides(target, strides):
-            return target
-    if dtype is None:
-        return None
-    if dtype is point.dtype and dtype in _DTYPES and point.stride() == strides:
-        return torch.empty_like(point)  # in less time than the next line takes
-    return torch.empty_strided(point.shape, strides, dtype=_kernel_dtype(dtype))
+_NO_TARGETS: tuple[Tensor | None, ...] = (None, None, None, None)
+
+
+def _results(
+    point: Tensor,
+    strides: tuple[int, ...],
+    targets: Sequence[Tensor | None],
+    dtypes: Sequence[torch.dtype | None],
+) -> list[Tensor | None]:
+    """Where the kernel writes the results: the targets themselves where it can."""
+    alike = point.dtype if point.dtype in _DTYPES and point.stride() == strides else None
+    found: list[Tensor | None] = []
+    for target, dtype in zip(targets, dtypes, strict=True):
+        if target is not None:
+            if target.dtype in _DTYPES and _dense.has_strides(target, strides):
+                found.append(target)
+                continue
+            dtype = target.dtype
+        if dtype is None:
+            found.append(None)
+        elif dtype is alike:
+            found.append(torch.empty_like(point))  # in less time than the next line takes
+        else:
+            found.append(torch.empty_strided(point.shape, strides, dtype=_kernel_dtype(dtype)))
+    return found
 
 
 def abs_rank(x: Tensor, rank: int) -> Tensor:

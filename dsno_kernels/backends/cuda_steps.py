@@ -4,8 +4,8 @@ neighbors.
 Every tensor is brought into the memory order of the result (a copy only where it differs), so that
 the kernels see `[samples][size]`. Coefficients that are numbers travel in the parameters; others
 stay where they are, and the kernel looks up the row. The ops are shared by both launchers (the
-compiled extension and CuPy) and the tests; signatures are those of `reference_steps`, where `out`
-and `new_base` name memory to write into.
+compiled extension and CuPy) and the tests; signatures are those of `reference_steps`, and `out` is
+memory to write into.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsno_kernels import _dense
+from dsno_kernels.backends._solver_step import NEW, Memory, Step
 
 # Launches a kernel: its name, the grid, the bytes of its parameters, and the tensors that they
 # point to.
@@ -196,36 +197,13 @@ class Steps:
 
     @torch.no_grad()
     def solver_step(
-        self,
-        point: Tensor,
-        output: Tensor,
-        *,
-        unconditional: Tensor | None,
-        base: Tensor | None,
-        history: Sequence[Tensor],
-        head: Tensor | None,
-        noise: Tensor | None,
-        seed: Tensor | None,
-        table: Tensor | None,
-        values: Sequence[float],
-        index: Tensor | None,
-        guidance: Tensor | None,
-        guidance_value: float,
-        scale: Tensor | None,
-        low: float | None,
-        high: float | None,
-        looks_ahead: bool,
-        dtypes: Sequence[torch.dtype | None],
-        new_base: Tensor | None = None,
-        ring: Tensor | None = None,
-        slot: int = 0,
+        self, step: Step, dtypes: Sequence[torch.dtype | None], memory: Memory = NEW
     ) -> list[Tensor | None]:
-        guided_rows = guidance is not None and guidance.ndim == 1
-        per_sample = _per_sample(table, index) or scale is not None or guided_rows
-        layout = _dense.output_like(point, point.dtype, per_sample)
-        K = (len(values) if table is None else table.shape[-1]) // 2 - 3
-        entries = list(history if head is not None else history[: K - 1])
-        inputs = [point, output, unconditional, base, noise, *entries]
+        point, head, guidance, K = step.point, step.head, step.guidance, step.order
+        new_base, ring, slot = memory
+        layout = _dense.output_like(point, point.dtype, step.per_sample)
+        entries = list(step.history if head is not None else step.history[: K - 1])
+        inputs = [point, step.output, step.unconditional, step.base, step.noise, *entries]
 
         # h_0 goes into one slot of the ring, which the head chooses on the device.
         entry, entry_slots = None, 0
@@ -254,21 +232,23 @@ class Steps:
             )
             for x, dtype in zip(given, wanted, strict=True)
         ]
-        scale = None if scale is None else scale.contiguous()
-        seed = None if seed is None else seed.contiguous()
-        samples, elements = point.shape[0] if per_sample else 1, point.numel()
+        scale = None if step.scale is None else step.scale.contiguous()
+        seed = None if step.seed is None else step.seed.contiguous()
+        samples, elements = point.shape[0] if step.per_sample else 1, point.numel()
         size = elements // samples
         kind, width = _kind([*inputs, *outputs])
         parts = _parts(samples, size, _THREADS * width)
         params = _SOLVER_STEP.pack(
-            samples, size, parts, K, looks_ahead, len(entries), entry_slots,
-            guidance.stride(0) if guidance is not None and guided_rows else 0,
+            samples, size, parts, K, step.looks_ahead, len(entries), entry_slots,
+            guidance.stride(0) if guidance is not None and guidance.ndim else 0,
             *_data(head), *_datas(inputs[:5], 5), *_datas(inputs[5:], _ORDER),
             *_datas(outputs, 4), *_datas([seed, guidance, scale], 3),
-            *_rows(table, index, values), guidance_value,
-            -math.inf if low is None else low, math.inf if high is None else high,
+            *_rows(step.table, step.index, step.values), step.guidance_value,
+            -math.inf if step.low is None else step.low,
+            math.inf if step.high is None else step.high,
         )  # fmt: skip
-        touched = _present(*inputs, *outputs, head, seed, guidance, scale, table, index)
+        small = (head, seed, guidance, scale, step.table, step.index)
+        touched = _present(*inputs, *outputs, *small)
         self.launch(f"solver_step_{kind}", min(samples * parts, _MAX_GRID), params, touched)
 
         if new_base is not None and in_place is None and outputs[0] is not None:

@@ -18,14 +18,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsno_kernels.backends._solver_step import NEW, Memory, Step
+
 _MASK = 0xFFFFFFFF
 
 
 def compute_dtype(tensors: Sequence[Tensor | None]) -> torch.dtype:
     """The dtype of the arithmetic: float64 where a tensor is float64, else float32."""
+    wide = torch.float64
     for x in tensors:
-        if x is not None and x.dtype == torch.float64:
-            return torch.float64
+        if x is not None and x.dtype is wide:
+            return wide
     return torch.float32
 
 
@@ -159,28 +162,7 @@ def noise_like(x: Tensor, seed: Tensor) -> Tensor:
 
 
 def solver_step(
-    point: Tensor,
-    output: Tensor,
-    *,
-    unconditional: Tensor | None,
-    base: Tensor | None,
-    history: Sequence[Tensor],
-    head: Tensor | None,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    table: Tensor | None,
-    values: Sequence[float],
-    index: Tensor | None,
-    guidance: Tensor | None,
-    guidance_value: float,
-    scale: Tensor | None,
-    low: float | None,
-    high: float | None,
-    looks_ahead: bool,
-    dtypes: Sequence[torch.dtype | None],
-    new_base: Tensor | None = None,
-    ring: Tensor | None = None,
-    slot: int = 0,
+    step: Step, dtypes: Sequence[torch.dtype | None], memory: Memory = NEW
 ) -> list[Tensor | None]:
     """base', point', h_0 and the model's next input, each in its dtype; None where that is None.
 
@@ -190,50 +172,47 @@ def solver_step(
         point' = a_p base' + sum of c_p[j] h_j        where the step looks ahead; else base'
         input' = c_in point'
 
-    Columns of the table: A, B, a_b, c_b[0..K-1], s, a_p, c_p[0..K-1], c_in. `new_base` receives
-    base', and `ring` h_0 in its slot after `head`, or in `slot`.
+    Columns of the table: A, B, a_b, c_b[0..K-1], s, a_p, c_p[0..K-1], c_in. `memory.base` receives
+    base', and `memory.ring` h_0 in its slot after `head`, or in `memory.slot`.
     """
-    dtype = compute_dtype([point, output, unconditional, base, *history, noise])
-    row = values if table is None else select_rows(table, index)
-    K = (len(values) if table is None else table.shape[-1]) // 2 - 3
-    entries = newest_first(history, head)[: K - 1]
+    dtype, K, ring = compute_dtype(step.tensors), step.order, memory.ring
+    row = step.values if step.table is None else select_rows(step.table, step.index)
+    entries = newest_first(step.history, step.head)[: K - 1]
 
     def weighted(tensors: Sequence[Tensor], columns: Sequence[int]) -> Tensor:
         if isinstance(row, Tensor):
             return _weighted_sum(tensors, select_columns(row, columns), dtype)
         return _weighted_sum(tensors, [row[j] for j in columns], dtype)
 
-    m = output
-    if unconditional is not None:
-        if guidance is None:
-            m = _weighted_sum([unconditional, output], [1 - guidance_value, guidance_value], dtype)
-        else:
-            weights = torch.stack([1 - guidance, guidance], -1)
-            m = _weighted_sum([unconditional, output], weights, dtype)
-    h = weighted([point, m], [0, 1])
-    if scale is not None:
-        limit = scale.to(dtype).reshape(-1, *[1] * (h.ndim - 1))
+    m = step.output
+    if step.unconditional is not None:
+        weights: Sequence[float] | Tensor = [1 - step.guidance_value, step.guidance_value]
+        if step.guidance is not None:
+            weights = torch.stack([1 - step.guidance, step.guidance], -1)
+        m = _weighted_sum([step.unconditional, m], weights, dtype)
+    h = weighted([step.point, m], [0, 1])
+    if step.scale is not None:
+        limit = step.scale.to(dtype).reshape(-1, *[1] * (h.ndim - 1))
         h = torch.clamp(h, -limit, limit) / limit
-    elif low is not None or high is not None:
-        h = torch.clamp(h, low, high)
-    if seed is not None:
-        noise = noise_like(point, seed)
-    terms = [point if base is None else base, h, *entries]
+    elif step.low is not None or step.high is not None:
+        h = torch.clamp(h, step.low, step.high)
+    noise = step.noise if step.seed is None else noise_like(step.point, step.seed)
+    terms = [step.point if step.base is None else step.base, h, *entries]
     columns = [2, *range(3, 4 + len(entries))]
     if noise is not None:
         terms, columns = [*terms, noise.to(dtype)], [*columns, 3 + K]
     total = weighted(terms, columns)
     new_point = total.clone()  # an op must not return one tensor twice
-    if looks_ahead:
+    if step.looks_ahead:
         ahead = [4 + K, *range(5 + K, 6 + K + len(entries))]
         new_point = weighted([total, h, *entries], ahead)
     model_input = weighted([new_point], [5 + 2 * K])
-    if new_base is not None:
-        new_base.copy_(total)
-    if ring is not None and head is None:
-        ring[slot].copy_(h)
-    elif ring is not None and head is not None:
-        after = ((head + 1) % ring.shape[0]).reshape(1)
+    if memory.base is not None:
+        memory.base.copy_(total)
+    if ring is not None and step.head is None:
+        ring[memory.slot].copy_(h)
+    elif ring is not None and step.head is not None:
+        after = ((step.head + 1) % ring.shape[0]).reshape(1)
         ring.index_copy_(0, after, h.to(ring.dtype).unsqueeze(0))
     results = (total, new_point, h, model_input)
     return [None if d is None else t.to(d) for t, d in zip(results, dtypes, strict=True)]

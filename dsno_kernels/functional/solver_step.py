@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsno_kernels.backends._solver_step import NEW, Memory, Step
 from dsno_kernels.functional import checks, step_checks
 from dsno_kernels.functional.dynamic_threshold import check_threshold
 from dsno_kernels.ops import solver_step as _step
@@ -125,14 +126,16 @@ def solver_step(
     if not (unconditional is None and base is None and noise is None):
         optional = (unconditional, base, noise)
         step_checks.all_like(_OPTIONAL, optional, point, optional=True, of="point")
+    rows: Tensor | None = None
+    values: list[float] = []
     if isinstance(table, Tensor):
         rows, index = step_checks.table_rows("table", table, index, point)
-        values: list[float] = []
+        columns = rows.shape[-1]
     elif index is not None:
         raise ValueError("index chooses a row of a table: table must be a tensor")
     else:
-        rows, values = None, step_checks.numbers("table", table)
-    columns = len(values) if rows is None else rows.shape[-1]
+        values = step_checks.numbers("table", table)
+        columns = len(values)
     order = columns // 2 - 3
     if columns % 2 or not 1 <= order <= MAX_ORDER:
         raise ValueError(
@@ -144,10 +147,15 @@ def solver_step(
             f"a table on {rows.device} with {columns} columns needs {order - 1} entries of history,"
             f" got {len(entries)}: give a ring buffer, whose unused slots may hold anything"
         )
-    guidance_tensor, guidance_value = _guidance(unconditional, guidance, point)
+    guidance_tensor, guidance_value = None, 1.0
+    if unconditional is not None or guidance is not None:
+        guidance_tensor, guidance_value = _guidance(unconditional, guidance, point)
     if noise is not None and seed is not None:
         raise ValueError("noise and seed exclude each other: give one")
-    low, high = _clip(clip, threshold)
+    low: float | None = None
+    high: float | None = None
+    if clip is not None:
+        low, high = _clip(clip, threshold)
     if threshold is not None:
         if not isinstance(threshold, (tuple, list)) or len(threshold) != 3:
             raise TypeError(
@@ -156,38 +164,37 @@ def solver_step(
             )
         ratio, max_value, definition = threshold
         check_threshold("threshold ", ratio, max_value, definition, point)
-    step = _step.Step(
-        point=point,
-        output=output,
-        unconditional=unconditional,
-        base=base,
-        history=entries,
-        head=ring_head,
-        noise=noise,
-        seed=None if seed is None else _seed(seed, point),
-        table=rows,
-        values=values,
-        index=index if isinstance(index, Tensor) else None,
-        guidance=guidance_tensor,
-        guidance_value=guidance_value,
-        scale=None,
-        low=low,
-        high=high,
-        looks_ahead=bool(looks_ahead),
+    step = Step(
+        point,
+        output,
+        unconditional,
+        base,
+        entries,
+        ring_head,
+        noise,
+        None if seed is None else _seed(seed, point),
+        rows,
+        values,
+        index if isinstance(index, Tensor) else None,
+        guidance_tensor,
+        guidance_value,
+        None,  # the scale of a threshold
+        low,
+        high,
+        bool(looks_ahead),
     )
     state = point if base is None else base
-    memory = _step.Memory()
+    memory = NEW
     if store or inplace or out is not None:
         memory = _memory(step, history, head, state, store, inplace, out)
     if entry_dtype is None:
         entry_dtype = (
             entries[0].dtype if entries else torch.promote_types(output.dtype, point.dtype)
         )
-    for dtype in (entry_dtype, input_dtype):
-        if dtype is not None and dtype not in checks.REAL_DTYPES:
-            raise TypeError(
-                f"dtypes of results must be of {checks.names(checks.REAL_DTYPES)}, got {dtype}"
-            )
+    elif entry_dtype not in checks.REAL_DTYPES:
+        raise _no_result_dtype(entry_dtype)
+    if input_dtype is not None and input_dtype not in checks.REAL_DTYPES:
+        raise _no_result_dtype(input_dtype)
     separate = looks_ahead or point.dtype != state.dtype
     dtypes = [
         state.dtype if memory.base is None else None,
@@ -220,11 +227,15 @@ def _guidance(
     return guidance, 1.0
 
 
+def _no_result_dtype(dtype: object) -> TypeError:
+    return TypeError(
+        f"dtypes of results must be of {checks.names(checks.REAL_DTYPES)}, got {dtype}"
+    )
+
+
 def _clip(
-    clip: tuple[float, float] | None, threshold: tuple[float, float, str] | None
+    clip: tuple[float, float], threshold: tuple[float, float, str] | None
 ) -> tuple[float | None, float | None]:
-    if clip is None:
-        return None, None
     if threshold is not None:
         raise ValueError("clip and threshold exclude each other: give one")
     pair = isinstance(clip, (tuple, list)) and len(clip) == 2
@@ -274,25 +285,25 @@ def _is_integer(value: object) -> bool:
 
 
 def _memory(
-    step: _step.Step,
+    step: Step,
     history: Sequence[Tensor] | Tensor,
     head: int | Tensor | None,
     state: Tensor,
     store: bool,
     inplace: bool,
     out: Tensor | None,
-) -> _step.Memory:
+) -> Memory:
     inputs = [*step.tensors, step.table, step.guidance]
     if out is not None:
         out = step_checks.out_target(out, state, state.dtype, inplace, inputs)
     elif inplace:
         out = step_checks.target("base", state, inputs)
     if not store:
-        return _step.Memory(out)
+        return Memory(out)
     if head is None or not isinstance(history, Tensor):
         raise ValueError("store=True writes into a ring buffer: history in one tensor, with head")
     step_checks.target("history", history, inputs)
     if isinstance(head, Tensor):
-        return _step.Memory(out, history)
+        return Memory(out, history)
     slot = (step_checks.integer("head", head) + 1) % history.shape[0]
-    return _step.Memory(out, history, slot)
+    return Memory(out, history, slot)

@@ -18,6 +18,7 @@ MAX_HISTORY = 8
 ENTRIES = tuple(f"history[{i}]" for i in range(MAX_HISTORY))
 _REAL = frozenset(checks.REAL_DTYPES)
 _NUMBERS = (float, int, np.floating, np.integer)
+_FLOAT = {float}
 
 
 def history_entries(
@@ -87,13 +88,15 @@ def is_number(value: object) -> bool:
 def numbers(name: str, coefficients: Sequence[float]) -> list[float]:
     if coefficients is None or not hasattr(coefficients, "__iter__"):
         raise TypeError(f"{name} must be numbers or one tensor, got {coefficients!r}: give a list")
-    values = []
-    for c in coefficients:
+    values = list(coefficients)
+    if set(map(type, values)) == _FLOAT and math.isfinite(sum(values)):
+        return values  # the same as below, in half the time
+    for i, c in enumerate(values):
         if not is_number(c):
             raise TypeError(f"{name} must be numbers or one tensor, got {c!r} among them")
         if not math.isfinite(c):
             raise ValueError(f"{name} must be finite, got {c!r}")
-        values.append(float(c))
+        values[i] = float(c)
     return values
 
 
@@ -139,12 +142,12 @@ def all_like(
     """Refuse what is no real tensor of the shape and on the device of x, which the caller knows as
     `of`; None where `optional`.
     """
-    shape, device = x.shape, x.device
+    shape, device, strided = x.shape, x.device, torch.strided
     for i, value in enumerate(values):
         if (value is None and optional) or (
             isinstance(value, Tensor)
             and value.dtype in _REAL
-            and value.layout == torch.strided
+            and value.layout is strided
             and value.shape == shape
             and value.device == device
         ):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsno_kernels.functional import solver_step, step_checks
-from dsno_kernels.integrations._multistep import Configured, check_steps
+from dsno_kernels.integrations._multistep import Configured, check_steps, guided
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -50,6 +50,13 @@ def ddim_row(
     if corrected:
         E, F, c_x0 = 1.0 / sigma, 0.0, c_x0 - along * alpha / sigma
     return A, B, along * E, c_x0, along * F, s, 1.0, 0.0, 0.0, 1.0
+
+
+def guided_row(row: tuple[float, ...], guidance: float) -> tuple[float, ...]:
+    """The row with the history (x_0, c, u), where m = u + g (c - u)."""
+    A, B, a, c_x0, c_m, s, *_ = row
+    entries = (c_x0, guidance * c_m, (1.0 - guidance) * c_m)
+    return A, B, a, *entries, s, 1.0, 0.0, 0.0, 0.0, 1.0
 
 
 def place_of(element: Tensor, whole: Tensor) -> int | None:
@@ -142,15 +149,31 @@ class DDIM(Configured):
         return t, made[t]
 
     def _moved(
-        self, row: tuple[float, ...], output: Tensor, sample: Tensor, noise: Tensor | None
+        self,
+        row: tuple[float, ...],
+        output: Tensor,
+        sample: Tensor,
+        unconditional: Tensor | None,
+        guidance: float | Tensor | None,
+        noise: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        history: tuple[Tensor, ...] = (output,)
+        if isinstance(guidance, Tensor):
+            output = guided(output, unconditional, guidance)
+            unconditional = guidance = None
+            history = (output,)
+        elif unconditional is not None and guidance is not None:
+            scale = step_checks.numbers("guidance", [guidance])[0]
+            row, history = guided_row(row, scale), (output, unconditional)
         if output.dtype != sample.dtype:
             sample = sample.to(torch.promote_types(output.dtype, sample.dtype))
         moved, _, x0, _ = solver_step(
             sample,
             output,
             row,
-            (output,),
+            history,
+            unconditional=unconditional,
+            guidance=guidance,
             noise=noise,
             clip=self._clip,
             threshold=self._limits,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,8 @@ class Configured:
 
 class Multistep(Configured):
     """The steps of a multistep scheduler of diffusers, by rows of a table."""
+
+    _promotes = False  # whether samples take the wider dtype of sample and output
 
     # of diffusers
     sigmas: Tensor
@@ -340,6 +342,34 @@ class Multistep(Configured):
             )
         return self._rows[i]
 
+    def _moved(
+        self,
+        timestep: int | Tensor,
+        output: Tensor,
+        sample: Tensor,
+        unconditional: Tensor | None,
+        guidance: float | Tensor | None,
+        noise: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """The sample after the step at a timestep; `noise` makes that of a step that adds some."""
+        before = self._step_index
+        try:
+            row, drawn = self._row(timestep), None
+            if row.noisy or output.dtype is not sample.dtype:
+                check_inputs(sample, output, unconditional)
+                if row.noisy and noise is not None:
+                    drawn = noise()
+                if self._promotes:
+                    sample = sample.to(torch.promote_types(output.dtype, sample.dtype))
+            return self._advanced(row, output, sample, unconditional, guidance, drawn)
+        except Exception as error:
+            failure = error
+        # The fused call has checked the arguments by its own names for them: where they are wrong,
+        # they are called here what `step` calls them.
+        self._step_index = before
+        check_inputs(sample, output, unconditional)
+        raise failure
+
     def _advanced(
         self,
         row: Row,
@@ -347,7 +377,7 @@ class Multistep(Configured):
         sample: Tensor,
         unconditional: Tensor | None,
         guidance: float | Tensor | None,
-        noise: Tensor | None = None,
+        noise: Tensor | None,
     ) -> Tensor:
         """The sample after the row; its history and its place in the schedule move on."""
         if self._limits is not None or row.folded:
@@ -358,11 +388,12 @@ class Multistep(Configured):
             output = self._thresholded(output, sample, row)
         outputs = self.model_outputs
         history: list[Any] = outputs[: -row.reads - 1 : -1] if row.reads else []
-        if any(entry is None for entry in history):
-            raise ValueError(
-                f"step {self._step_index} needs {row.reads} earlier outputs, which are not there:"
-                " call set_timesteps before a new run"
-            )
+        for earlier in history:
+            if earlier is None:
+                raise ValueError(
+                    f"step {self._step_index} needs {row.reads} earlier outputs, which are not"
+                    " there: call set_timesteps before a new run"
+                )
         entry: Tensor | None = output
         if row.direct and unconditional is None:
             moved = exp_step(sample, (output, *history), row.direct, noise=noise)

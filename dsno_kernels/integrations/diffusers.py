@@ -53,7 +53,12 @@ from torch import Tensor
 
 from dsno_kernels.integrations._ddim import DDIM
 from dsno_kernels.integrations._learned import Grid
-from dsno_kernels.integrations._multistep import Multistep, check_inputs, guided
+from dsno_kernels.integrations._multistep import (
+    Multistep,
+    check_guidance,
+    check_inputs,
+    guided,
+)
 from dsno_kernels.integrations._tables import Solver
 
 try:
@@ -90,6 +95,8 @@ class FusedDEISMultistepScheduler(Multistep, DEISMultistepScheduler):  # type: i
 
     Source: DEIS (arXiv 2204.13902), interpolated in log(rho).
     """
+
+    _promotes = True
 
     def _solver(self) -> Solver:
         return Solver(
@@ -145,11 +152,7 @@ class FusedDEISMultistepScheduler(Multistep, DEISMultistepScheduler):  # type: i
         With the unconditional output u and a scale g, both optional and not of the original,
         classifier-free guidance u + g (model_output - u) is done in the same pass.
         """
-        check_inputs(sample, model_output, unconditional)
-        row = self._row(timestep)
-        if model_output.dtype != sample.dtype:
-            sample = sample.to(torch.promote_types(model_output.dtype, sample.dtype))
-        moved = self._advanced(row, model_output, sample, unconditional, guidance)
+        moved = self._moved(timestep, model_output, sample, unconditional, guidance)
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
 
@@ -212,29 +215,27 @@ class FusedDPMSolverMultistepScheduler(Multistep, DPMSolverMultistepScheduler): 
         as in :class:`FusedDEISMultistepScheduler`.
         """
         config = self.config
-        if (
-            config.variance_type in ("learned", "learned_range")
-            and config.prediction_type == "epsilon"
-        ):
+        learned = config.variance_type in ("learned", "learned_range")
+        if learned and config.prediction_type == "epsilon":
             model_output = model_output[:, :3]
             unconditional = None if unconditional is None else unconditional[:, :3]
-        check_inputs(sample, model_output, unconditional)
-        row = self._row(timestep)
-        noise = None
-        if row.noisy:
-            noise = variance_noise
-            if noise is None:
-                noise = randn_tensor(
+
+        def noise() -> Tensor:
+            drawn = variance_noise
+            if drawn is None:
+                drawn = randn_tensor(
                     model_output.shape,
                     generator=generator,
                     device=model_output.device,
                     dtype=torch.float32,
                 )
-            noise = noise.to(model_output.device, torch.float32)
-        moved = self._advanced(row, model_output, sample, unconditional, guidance, noise)
+            return drawn.to(model_output.device, torch.float32)
+
+        moved = self._moved(timestep, model_output, sample, unconditional, guidance, noise)
         entry = self.model_outputs[-1]
         assert entry is not None
-        moved = moved.to(entry.dtype)
+        if moved.dtype is not entry.dtype:
+            moved = moved.to(entry.dtype)
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
 
@@ -303,12 +304,11 @@ class FusedUniPCMultistepScheduler(Multistep, UniPCMultistepScheduler):  # type:
         """The sample at the next timestep, as the original returns it; unconditional and guidance
         as in :class:`FusedDEISMultistepScheduler`.
         """
-        check_inputs(sample, model_output, unconditional)
         if self.solver_p is not None:
+            check_inputs(sample, model_output, unconditional)
             model_output = guided(model_output, unconditional, guidance)
             return super().step(model_output, timestep, sample, return_dict)
-        row = self._row(timestep)
-        moved = self._advanced(row, model_output, sample, unconditional, guidance)
+        moved = self._moved(timestep, model_output, sample, unconditional, guidance)
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
 
@@ -336,11 +336,11 @@ class FusedDDIMScheduler(DDIM, DDIMScheduler):  # type: ignore[misc]
         unconditional and guidance as in :class:`FusedDEISMultistepScheduler`.
         """
         check_inputs(sample, model_output, unconditional, variance_noise)
-        model_output = guided(model_output, unconditional, guidance)
+        check_guidance(unconditional, guidance)
         t, row = self._row(timestep, eta, use_clipped_model_output)
         if not row:
             return super().step(
-                model_output,
+                guided(model_output, unconditional, guidance),
                 t,
                 sample,
                 eta,
@@ -361,7 +361,7 @@ class FusedDDIMScheduler(DDIM, DDIMScheduler):  # type: ignore[misc]
                     device=model_output.device,
                     dtype=model_output.dtype,
                 )
-        moved, x0 = self._moved(row, model_output, sample, noise)
+        moved, x0 = self._moved(row, model_output, sample, unconditional, guidance, noise)
         if not return_dict:
             return moved, x0
         return DDIMSchedulerOutput(prev_sample=moved, pred_original_sample=x0)

@@ -6,77 +6,21 @@ gradients of every input, the table included, are theirs.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsno_kernels import _dense
 from dsno_kernels.backends import Request, reference, reference_steps, select
+from dsno_kernels.backends._solver_step import NEW, Memory, Step
 from dsno_kernels.ops import define, on_reference, under_transform
 from dsno_kernels.ops._direct import runs_directly
 from dsno_kernels.ops.dynamic_threshold import divide_by_scale, threshold_scale
 from dsno_kernels.ops.exp_step import check_index, differentiable_exp_step, records_graph
-from dsno_kernels.ops.exp_step import per_sample as rows_per_sample
 
 Results = list[Tensor | None]  # base', point', h_0, the model's next input; None: not wanted
-
-
-@dataclasses.dataclass
-class Step:
-    """The inputs of one step, as `reference_steps.solver_step` takes them."""
-
-    point: Tensor
-    output: Tensor
-    unconditional: Tensor | None = None
-    base: Tensor | None = None
-    history: list[Tensor] = dataclasses.field(default_factory=list)  # with `head` slots of a ring
-    head: Tensor | None = None
-    noise: Tensor | None = None
-    seed: Tensor | None = None  # int64 [2]
-    table: Tensor | None = None
-    values: list[float] = dataclasses.field(default_factory=list)
-    index: Tensor | None = None
-    guidance: Tensor | None = None
-    guidance_value: float = 1.0
-    scale: Tensor | None = None
-    low: float | None = None
-    high: float | None = None
-    looks_ahead: bool = False
-
-    @property
-    def named(self) -> dict[str, Any]:
-        """The fields in their order, which is that of the op's arguments."""
-        return {name: getattr(self, name) for name in _FIELDS}
-
-    @property
-    def order(self) -> int:
-        """K, the entries of history with the new one."""
-        columns = len(self.values) if self.table is None else self.table.shape[-1]
-        return columns // 2 - 3
-
-    @property
-    def per_sample(self) -> bool:
-        guided = self.guidance is not None and self.guidance.ndim == 1
-        return rows_per_sample(self.table, self.index) or guided or self.scale is not None
-
-    @property
-    def tensors(self) -> list[Tensor | None]:
-        named = (self.point, self.output, self.unconditional, self.base, self.noise)
-        return [*named, *self.history]
-
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(Step))  # once: it is slow
-
-
-class Memory(NamedTuple):
-    """Where results are written in place of new tensors: base', and h_0 as a slot of a ring."""
-
-    base: Tensor | None = None
-    ring: Tensor | None = None
-    slot: int = 0  # where there is no head; else slot head + 1
 
 
 def _check_rows(step: Step) -> None:
@@ -116,21 +60,16 @@ def _run_step(
 ) -> Results:
     _check_rows(step)
     if step.point.numel() == 0:
-        return list(_empty(step, dtypes))
+        return [None if dtype is None else _empty(step, dtype) for dtype in dtypes]
     dtype = reference_steps.compute_dtype(step.tensors)
     module = select(backend, Request("solver_step", step.point.device, dtype))
     if step.seed is not None and module is not reference and not _in_order_of_shape(step):
-        step = dataclasses.replace(step, noise=_noise(step, dtype, backend), seed=None)
-    found: Results = module.solver_step(
-        **vars(step),
-        dtypes=dtypes,
-        new_base=memory.base,
-        ring=memory.ring,
-        slot=memory.slot,
-    )
-    for tensor in (memory.base, memory.ring):
-        if tensor is not None:
-            torch.autograd.graph.increment_version(tensor)
+        step = step._replace(noise=_noise(step, dtype, backend), seed=None)
+    found: Results = module.solver_step(step, dtypes, memory)
+    if memory is not NEW:
+        for tensor in (memory.base, memory.ring):
+            if tensor is not None:
+                torch.autograd.graph.increment_version(tensor)
     if module is reference:
         layout = _dense.output_like(step.point, step.point.dtype, step.per_sample)
         found = [new if new is None else _dense.laid_out_like(new, layout) for new in found]
@@ -152,26 +91,21 @@ def _noise(step: Step, dtype: torch.dtype, backend: str) -> Tensor:
     state = step.point.new_empty(step.point.shape, dtype=dtype)
     row = [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
     alone = Step(point=state, output=state, seed=step.seed, values=row)
-    noise = _fused(alone, Memory(), [dtype, None, None, None], backend)[0]
+    noise = _fused(alone, NEW, [dtype, None, None, None], backend)[0]
     assert noise is not None
     return noise
 
 
-def _empty(
-    step: Step, dtypes: Sequence[torch.dtype | None]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialized results, of no elements where one is not wanted."""
-    return tuple(
-        step.point.new_empty(0)
-        if dtype is None
-        else _dense.output_like(step.point, dtype, step.per_sample)
-        for dtype in dtypes
-    )  # type: ignore[return-value]
+def _empty(step: Step, dtype: torch.dtype) -> Tensor:
+    """An uninitialized result."""
+    return _dense.output_like(step.point, dtype, step.per_sample)
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtypes = [None if code < 0 else _dense.DTYPES[code] for code in args[20]]
-    return _empty(Step(*args[:17]), dtypes)
+    step, codes = Step(*args[:17]), args[20]
+    return tuple(  # type: ignore[return-value]
+        step.point.new_empty(0) if code < 0 else _empty(step, _dense.DTYPES[code]) for code in codes
+    )
 
 
 op = define(
@@ -200,9 +134,9 @@ def solver_step(
         return _composed(step, threshold, dtypes, backend)
     if threshold is not None:
         compute = reference_steps.compute_dtype(step.tensors)
-        entry = _fused(step, Memory(), [None, None, compute, None], backend)[2]
+        entry = _fused(step, NEW, [None, None, compute, None], backend)[2]
         assert entry is not None
-        step = dataclasses.replace(step, scale=threshold_scale(entry, *threshold, backend))
+        step = step._replace(scale=threshold_scale(entry, *threshold, backend))
     return _fused(step, memory, dtypes, backend)
 
 
@@ -210,13 +144,11 @@ def _fused(
     step: Step, memory: Memory, dtypes: Sequence[torch.dtype | None], backend: str
 ) -> Results:
     """The op, directly where that is the same."""
-    found: Sequence[Tensor | None]
     small = (step.table, step.index, step.guidance, step.head, step.scale, step.seed)
     if runs_directly([*step.tensors, *small, memory.base, memory.ring]):
-        found = _run_step(step, memory, dtypes, backend)
-    else:
-        codes = [-1 if dtype is None else _dense.DTYPES.index(dtype) for dtype in dtypes]
-        found = op(*step.named.values(), *memory, codes, backend)
+        return _run_step(step, memory, dtypes, backend)
+    codes = [-1 if dtype is None else _dense.DTYPES.index(dtype) for dtype in dtypes]
+    found = op(*step, *memory, codes, backend)
     return [new if kept else None for new, kept in zip(found, dtypes, strict=True)]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dsno_kernels.diffusion import EDM, FDM, VE, FlowMatching, Preconditioner, Process, VPLinear
 from dsno_kernels.models import DSNO, DSNOConfig, EDMDenoiser, ModelFileError, load, save
+from dsno_kernels.models.files import read_metadata
 from tests.helpers import FLOAT64, assert_close
 
 TINY = DSNOConfig(
@@ -170,3 +171,16 @@ def test_a_process_that_holds_a_function_has_no_file(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="a file cannot hold the process FDM"):
         save(model, tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "process",
+    [EDM(), EDM(sigma_data=0.3), EDM(0.01, 50.0, 0.3), FDM(EDM(0.01, 50.0), 2.0)],
+    ids=repr,
+)
+def test_a_file_keeps_all_of_its_process(process: Process, tmp_path: Path) -> None:
+    """The range, too; what sigma_data tells alone is not written twice."""
+    path = tmp_path / "model.safetensors"
+    save(EDMDenoiser(DSNO(dataclasses.replace(TINY, time_conv=False)), process=process), path)
+    assert load(path).process == process
+    assert ("process" in read_metadata(path)) == (process != EDM(sigma_data=process.sigma_data))

@@ -339,5 +339,9 @@ def test_networks_of_edm() -> None:
     assert calls.pop()[1] is None
     with pytest.raises(ValueError, match="no classes"):
         from_edm(Net(), classes=0)(x, 1.0, torch.tensor([0, 1]))
+    for wrong in (3, -2):
+        with pytest.raises(ValueError, match=rf"0 to 2, or -1 for none, got {wrong}"):
+            from_edm(Net())(x, 1.0, torch.tensor([0, wrong]))
+    assert not calls
     with pytest.raises(TypeError, match="callable"):
         from_edm(None)  # type: ignore[arg-type]

@@ -186,7 +186,9 @@ def from_edm(
         process: `EDM`, `VE`, a VP process or `FDM` of one: whose preconditioner is put around F.
 
     Returns:
-        The denoiser. Samples with y = -1, or without y, have no class: a row of zeros.
+        The denoiser. Samples with y = -1, or without y, have no class: a row of zeros. Another y
+        outside of the classes is a ValueError; on a GPU, where the host does not look, an assertion
+        of the device.
 
     Raises:
         TypeError: a network that cannot be called; a process without a preconditioner.
@@ -212,6 +214,7 @@ def from_edm(
             labels = x.new_zeros((len(x), count), dtype=torch.float32)
             if y is not None:
                 _integer_labels("y", y, len(x))
+                _check_classes(y, count)
                 # a column for -1, which is left out
                 labels = F.one_hot(y.long() + 1, count + 1)[:, 1:].to(labels)
         elif y is not None:
@@ -275,6 +278,15 @@ def _levels(x: Tensor, sigma: Real) -> Tensor:
 def _per_sample(values: Tensor, x: Tensor) -> Tensor:
     """Values ``()`` or ``(B,)`` that multiply x, in its dtype."""
     return values.to(x.dtype).reshape(values.shape + (1,) * (x.ndim - 1) * values.ndim)
+
+
+def _check_classes(y: Tensor, count: int) -> None:
+    """Refuse labels outside of -1 .. count - 1 where the host can read them."""
+    if y.device.type == "cpu" and len(y) and not -1 <= int(y.min()) <= int(y.max()) < count:
+        wrong = y[(y < -1) | (y >= count)][0]
+        raise ValueError(
+            f"y must be classes from 0 to {count - 1}, or -1 for none, got {int(wrong)}"
+        )
 
 
 def _integer_labels(name: str, labels: object, count: int) -> None:

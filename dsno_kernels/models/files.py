@@ -2,9 +2,9 @@
 
 The metadata are strings. "kind" is "dsno" or "edm_denoiser"; "config" is the JSON of the network's
 `DSNOConfig`; "sigma_data" belongs to an edm_denoiser, and so does "process", the JSON of what
-`dsno_kernels.diffusion.process_files` makes of another process than EDM. Further ones are free:
-"logsnr" (JSON list of the times a DSNO was trained on), "provenance" (JSON: command, seed, steps,
-version, data).
+`dsno_kernels.diffusion.process_files` makes of any process but EDM with the usual range. Further
+ones are free: "logsnr" (JSON list of the times a DSNO was trained on), "provenance" (JSON: command,
+seed, steps, version, data).
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def save(
     own: dict[str, Any] = {"kind": "dsno", "config": dataclasses.asdict(network.config)}
     if isinstance(model, EDMDenoiser):
         own.update(kind="edm_denoiser", sigma_data=model.sigma_data)
-        if type(model.process) is not EDM:
+        # Of EDM's plain process sigma_data says all, also to versions that know no other.
+        if model.process != EDM(sigma_data=model.sigma_data):
             own["process"] = described(model.process)
             if "repr" in own["process"]:
                 raise ModelFileError(f"a file cannot hold the process {model.process!r}")

@@ -11,6 +11,10 @@ namespace {
 enum Value : int { kPoint, kModel, kUnconditional, kBase, kNoise, kHistory };
 constexpr int kValues = kHistory + kMaxOrder;  // kHistory is h_0
 
+// Elements at a time. Few, so that the tensors are read side by side and memory serves all of them
+// at once: with 512 a step of tensors that no cache holds takes a fifth longer.
+constexpr int64_t kSolverBlock = 128;
+
 struct SolverStep {
     const SolverStepArgs& args;
     Chunks chunks;
@@ -50,16 +54,19 @@ struct SolverStep {
         const float high = a.scale ? scale : a.high, low = a.scale ? -scale : a.low;
         const bool clamps = a.scale || low > -__builtin_inff() || high < __builtin_inff();
 
-        alignas(64) float buffers[kValues][kStepBlock];
-        alignas(64) float noise[normal_room(kStepBlock)];
-        alignas(64) float next_point[kStepBlock];
-        alignas(64) float narrow[kStepBlock];
+        alignas(64) float buffers[kValues][kSolverBlock];
+        alignas(64) float noise[normal_room(kSolverBlock)];
+        alignas(64) float next_point[kSolverBlock];
+        alignas(64) float narrow[kSolverBlock];
         const float* values[kValues] = {};
         const int64_t end = self.chunks.end(task);
-        for (int64_t i = self.chunks.begin(task); i < end; i += kStepBlock) {
-            const int64_t at = first + i, count = min64(kStepBlock, end - i);
+        for (int64_t i = self.chunks.begin(task); i < end; i += kSolverBlock) {
+            const int64_t at = first + i, count = min64(kSolverBlock, end - i);
+            const int64_t after = min64(kSolverBlock, end - i - count);
             const auto read = [&](const Dense& x, int id) {
-                if (x.data) values[id] = read_block(x, at, count, buffers[id]);
+                if (!x.data) return;
+                prefetch_block(x, at + count, after);
+                values[id] = read_block(x, at, count, buffers[id]);
             };
             read(a.point, kPoint);
             read(a.output, kModel);

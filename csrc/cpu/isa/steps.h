@@ -9,6 +9,8 @@ namespace DSNO_ISA {
 constexpr int64_t kStepBlock = 512;   // elements that are converted at a time; a dozen fit in L1
 constexpr int64_t kStepChunk = 8192;  // elements of one task
 constexpr int64_t kStepStreamBytes = 4 << 20;  // outputs from this size on are written past caches
+constexpr int64_t kCacheLine = 64;             // bytes
+constexpr int64_t kStepAhead = 128;  // elements that are prefetched where outputs are streamed
 
 DSNO_INLINE char* step_element(const Dense& x, int64_t i) {
     return x.data + i * element_size(x.dtype);
@@ -49,6 +51,13 @@ static inline const float* read_block(const Dense& x, int64_t start, int64_t cou
     return buffer;
 }
 
+// Has memory send what `read_block` will read.
+DSNO_INLINE void prefetch_block(const Dense& x, int64_t start, int64_t count) {
+    const char* line = step_element(x, start);
+    const char* end = step_element(x, start + count);
+    for (; line < end; line += kCacheLine) __builtin_prefetch(line);
+}
+
 template <int dtype>
 static void narrow_block(const float* from, int64_t count, char* to) {
     int64_t i = 0;
@@ -84,8 +93,12 @@ static void sum_block(const float* const* terms, const float* coefficients, int6
     int64_t i = 0;
     if (streams) {
         for (; i + kLanes <= count; i += kLanes) {
+            const int64_t ahead = min64(i + kStepAhead, count - 1);
 #pragma GCC unroll 12
-            for (int j = 0; j < N; ++j) x[j] = load(p[j] + i);
+            for (int j = 0; j < N; ++j) {
+                __builtin_prefetch(p[j] + ahead);
+                x[j] = load(p[j] + i);
+            }
             stream(out + i, sum_vec<N>(c, x));
         }
     } else {

@@ -131,6 +131,7 @@ def cpu_denoising_loss(
     seeds: int,
     coefficients: tuple[float | tuple[int, int, int], ...],
     ceiling: float,
+    mean: bool,
     loss: int,
     threads: int,
     /,

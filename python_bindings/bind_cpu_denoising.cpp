@@ -42,7 +42,8 @@ void noised(int64_t samples, int64_t size, const py::tuple& tensors, int64_t see
 
 // tensors: output, images, noise, grad.  coefficients: level, c_skip, c_out, weight.
 void denoising_loss(int64_t samples, int64_t size, const py::tuple& tensors, int64_t seeds,
-                    const py::tuple& coefficients, double ceiling, int64_t loss, int threads) {
+                    const py::tuple& coefficients, double ceiling, bool mean, int64_t loss,
+                    int threads) {
     double numbers[kMaxCoefficients];
     DenoisingLossArgs args{};
     args.samples = samples;
@@ -57,6 +58,7 @@ void denoising_loss(int64_t samples, int64_t size, const py::tuple& tensors, int
     args.c_out = per_sample(coefficients[2], &numbers[2]);
     args.weight = per_sample(coefficients[3], &numbers[3]);
     args.ceiling = ceiling;
+    args.mean = mean;
     args.loss = pointer<float>(loss);
     args.threads = threads;
     const py::gil_scoped_release release;

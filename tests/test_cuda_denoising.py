@@ -82,6 +82,7 @@ def check(
         rounding = max(rounding, on_the_cpu.NOISE)
     assert_close(y, exact, rounding)
     options = coefficients(form, 4, B) | {"ceiling": 0.8}
+    options["mean"] = False
     loss, grad = denoising.denoising_loss(output, images, **given, **options, grad_dtype=out_dtype)
     right, slope = reference_denoising.denoising_loss(
         output.double(), images.double(), **exact_given, **options, grad_dtype=F64
@@ -92,6 +93,19 @@ def check(
     assert_close(grad, slope, max(BUDGETS[out_dtype], FLOAT64 if wide else 4 * STEP))
     again, none = denoising.denoising_loss(output, images, **given, **options, grad_dtype=None)
     assert torch.equal(again, loss) and none is None
+    options["mean"] = True
+    mean, same = denoising.denoising_loss(output, images, **given, **options, grad_dtype=out_dtype)
+    assert mean.shape == () and mean.dtype == loss.dtype and torch.equal(same, grad)
+    assert_close(mean, right.mean(), FLOAT64 if wide else 4 * STEP)
+    for count in (1, B):  # of what an upstream gradient may be: of the mean, or of each loss
+        upstream = torch.rand((B,) if count == B else (), dtype=loss.dtype)
+        unit = torch.full((), 1 / count, dtype=loss.dtype)
+        scaled = grad.clone()
+        denoising.denoising_scale_(scaled, upstream)
+        rows = upstream.double().expand(B)[:, None] * count
+        assert_close(scaled, rows * grad.double(), BUDGETS[out_dtype])
+        denoising.denoising_scale_(scaled.copy_(grad), unit.expand(upstream.shape))
+        assert torch.equal(scaled, grad)
 
 
 @pytest.mark.parametrize("drawn", [False, True])
@@ -119,7 +133,7 @@ def test_only_their_memory_is_touched(
 @pytest.fixture
 def behind_the_ops(plain: Denoising, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device code in place of the CPU kernels, so that their tests are its tests."""
-    for name in ("noised", "denoising_loss"):
+    for name in ("noised", "denoising_loss", "denoising_scale_"):
         monkeypatch.setattr(cpu, name, getattr(plain, name))
 
 

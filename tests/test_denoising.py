@@ -308,6 +308,9 @@ def test_empty(shape: tuple[int, ...], given: str) -> None:
     assert dk.noised(x, torch.ones(shape[0]), **options).shape == shape
     loss = dk.denoising_loss(output, x, 1.0, 1.0, 1.0, torch.ones(shape[0]), **options)
     assert loss.shape == shape[:1] and loss.isnan().all()
+    mean = dk.denoising_loss(output, x, 1.0, 1.0, 1.0, 1.0, **options, reduction="mean")
+    assert mean.shape == () and mean.isnan()
+    assert torch.autograd.grad(2 * mean, output)[0].shape == shape
     for weights in (torch.full(shape[:1], 1 / 3), torch.ones(shape[:1])):
         (grad,) = torch.autograd.grad((loss * weights).sum(), output, retain_graph=True)
         assert grad.shape == shape
@@ -356,6 +359,7 @@ def loss(output: Any = X, images: Any = X, *rest: Any, **options: Any) -> Tensor
         (ValueError, "ceiling must be greater than 0", lambda: loss(ceiling=0)),
         (ValueError, "ceiling must be greater than 0", lambda: loss(ceiling=math.nan)),
         (TypeError, "ceiling must be a number or None", lambda: loss(ceiling=X)),
+        (ValueError, "reduction must be 'none' or 'mean', got", lambda: loss(reduction="sum")),
         (TypeError, "out_dtype must be one of", lambda: dk.noised(X, 1, noise=N, out_dtype=int)),
         (ValueError, "unknown backend", lambda: loss(backend="fortran")),
         (NotImplementedError, "not have denoising_loss", lambda: loss(backend="triton")),

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import dsno_kernels as dk
+from dsno_kernels.backends import cpu, reference
 from dsno_kernels.ops import denoising as ops
 from tests.helpers import FLOAT64, assert_close
 from tests.test_denoising import (
@@ -93,32 +94,68 @@ def test_the_backward_of_a_mean_has_nothing_left_to_do(
 ) -> None:
     """Forward and backward are one pass; any other upstream gradient scales its result in place."""
     passes: list[str] = []
-    for name in ("_run_loss", "exp_step_", "differentiable_exp_step"):
-        original = getattr(ops, name)
+    module = {"cpu": cpu, "reference": reference}[backend]
+    for place, name in (
+        (module, "denoising_loss"),
+        (module, "denoising_scale_"),
+        (ops, "differentiable_exp_step"),
+    ):
+        original = getattr(place, name)
 
         def counted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
             passes.append(name)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(ops, name, counted)
+        monkeypatch.setattr(place, name, counted)
     output, x, _ = inputs(F32)
     output.requires_grad_()
 
-    def run(reduction: str) -> list[str]:
+    def run(reduction: str, upstream: Callable[[Tensor], Tensor]) -> list[str]:
         passes.clear()
-        loss = dk.denoising_loss(output, x, *coefficients(), seeds=SEEDS, backend=backend)
-        REDUCTIONS[reduction](loss).backward()
+        loss = dk.denoising_loss(
+            output, x, *coefficients(), seeds=SEEDS, reduction=reduction, backend=backend
+        )
+        upstream(loss).backward()
         return list(passes)
 
-    assert run("mean") == ["_run_loss"]
-    assert run("sum") == ["_run_loss", "exp_step_"]
+    assert run("none", REDUCTIONS["mean"]) == ["denoising_loss"]
+    assert run("none", REDUCTIONS["sum"]) == ["denoising_loss", "denoising_scale_"]
+    assert run("mean", lambda loss: loss) == ["denoising_loss"]
+    assert run("mean", lambda loss: 3 * loss) == ["denoising_loss", "denoising_scale_"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [1.0, -2.5])
+@pytest.mark.parametrize("dtype", BUDGETS, ids=str)
+def test_the_reduction_to_the_mean(dtype: torch.dtype, factor: float, backend: str) -> None:
+    """The mean of the losses, and its gradient, asked for twice."""
+    name = None if backend == "cpu" and dtype == F64 else backend
+    output, x, noise = inputs(dtype)
+    output.requires_grad_()
+    exact = output.detach().double().requires_grad_()
+    right = loss_formula(exact, x, *coefficients(), noise).mean()
+    (expected,) = torch.autograd.grad(factor * right, exact)
+    loss = dk.denoising_loss(
+        output, x, *coefficients(), noise=noise, reduction="mean", backend=name
+    )
+    assert loss.shape == () and loss.dtype == (F64 if dtype == F64 else F32)
+    assert_close(loss, right, FLOAT64 if dtype == F64 else STEP)
+    for again in (True, False):
+        (grad,) = torch.autograd.grad(factor * loss, output, retain_graph=again)
+        assert grad.dtype == dtype
+        assert_close(grad, expected, BUDGETS[dtype])
+    with torch.no_grad():
+        again = dk.denoising_loss(
+            output, x, *coefficients(), noise=noise, reduction="mean", backend=name
+        )
+    assert torch.equal(again, loss)
 
 
 def test_without_a_gradient_none_is_written() -> None:
     output, x, noise = inputs(F32)
     args = (output, x, noise, None, list(coefficients()), [0.0] * 4, 5.0)
-    assert OPS.denoising_loss(*args, False, "")[1].numel() == 0
-    assert OPS.denoising_loss(*args, True, "")[1].shape == SHAPE
+    assert OPS.denoising_loss(*args, False, False, "")[1].numel() == 0
+    assert OPS.denoising_loss(*args, True, False, "")[1].shape == SHAPE
     assert not dk.denoising_loss(output, x, *coefficients(), noise=noise).requires_grad
 
 
@@ -135,11 +172,19 @@ def test_gradcheck_and_gradgradcheck(given: str) -> None:
         given = options or {"noise": noise}
         return dk.denoising_loss(output, x, *four, **given, ceiling=0.7)
 
+    def mean_of(*args: Tensor) -> Tensor:
+        output, x, noise, *four = args
+        given = options or {"noise": noise}
+        return dk.denoising_loss(output, x, *four, **given, ceiling=0.7, reduction="mean")
+
+    rest = [t.detach() for t in (x, noise, *four)]
     for function, leaves in (
         (input_of, (x, *four[:2], noise)),
         (loss_of, (output, x, noise, *four)),
+        (mean_of, (output, x, noise, *four)),
         # By the output alone: the pass that writes its own gradient.
-        (lambda output: loss_of(output, *(t.detach() for t in (x, noise, *four))), (output,)),
+        (lambda output: loss_of(output, *rest), (output,)),
+        (lambda output: mean_of(output, *rest), (output,)),
     ):
         leaves = tuple(leaf for leaf in leaves if leaf is not noise or given == "noise")
         called = function if given == "noise" else _without_noise(function, noise, leaves)
@@ -202,6 +247,8 @@ def test_torch_func_and_forward_mode(given: str) -> None:
     assert_close(slope, (gradient * tangent).sum(), FLOAT64)
     batched = torch.func.vmap(total)(torch.stack([output, 2 * output]))
     assert_close(batched[1], exact(2 * output), FLOAT64)
+    mean = torch.func.grad(lambda o: dk.denoising_loss(o, x, *four, **options, reduction="mean"))
+    assert_close(mean(output), gradient / 3, FLOAT64)
     rows = torch.func.jacrev(lambda o: dk.denoising_loss(o, x, *four, **options))(output)
     assert_close(rows.sum(0), gradient, FLOAT64)
     y = torch.func.vmap(lambda x: dk.noised(x, four[0], **options))(x[None])[0]
@@ -234,8 +281,11 @@ def test_opcheck(name: str, backend: str) -> None:
         torch.library.opcheck(OPS.noised.default, args)
     output = torch.randn(x.shape).to(x.dtype)
     for wanted in (False, True):
-        args = (output, x, noise, seeds, tensors * 2, values * 2, 5.0, wanted, backend)
+        mean = not wanted and x.numel() > 0  # a NaN is not equal to itself
+        args = (output, x, noise, seeds, tensors * 2, values * 2, 5.0, wanted, mean, backend)
         torch.library.opcheck(OPS.denoising_loss.default, args)
+    for g in (torch.rand(len(x)), torch.tensor(2.0), torch.tensor(1.0)):
+        torch.library.opcheck(OPS.denoising_scale_.default, (torch.randn(x.shape), g, backend))
 
 
 @pytest.fixture
@@ -245,7 +295,7 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "weighted"])
+@pytest.mark.parametrize("reduction", ["mean", "weighted", "in the op"])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_compile_is_one_graph(fresh_dynamo: None, dtype: torch.dtype, reduction: str) -> None:
     """A whole training step; the level stands in three places."""
@@ -255,8 +305,12 @@ def test_compile_is_one_graph(fresh_dynamo: None, dtype: torch.dtype, reduction:
     def step(w: Tensor, x: Tensor, seeds: Tensor, sigma: Tensor) -> Tensor:
         y = dk.noised(x, sigma, sigma, seeds=seeds)
         output = torch.einsum("oi,bihw->bohw", w, y).to(dtype)
-        loss = dk.denoising_loss(output, x, sigma, 1.0, sigma, 2.0, seeds=seeds, ceiling=1.5)
-        return REDUCTIONS[reduction](loss)
+        options: dict[str, Any] = {"seeds": seeds, "ceiling": 1.5}
+        if reduction == "in the op":
+            return dk.denoising_loss(output, x, sigma, 1.0, sigma, 2.0, **options, reduction="mean")
+        return REDUCTIONS[reduction](
+            dk.denoising_loss(output, x, sigma, 1.0, sigma, 2.0, **options)
+        )
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     found = []

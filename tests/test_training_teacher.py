@@ -237,7 +237,7 @@ def test_the_command_continues_and_refuses_other_data(
         ("--p-std 0", "--p-std must be positive, got 0.0"),
         ("--multiplier 2", "--multiplier needs --momentum; give it, too"),
         ("--momentum --multiplier 0", "--multiplier must be positive, got 0.0"),
-        ("--momentum --multiplier 900", "--multiplier 900.0: the mean must be positive"),
+        ("--momentum --multiplier 900", "--multiplier 900 is too large"),
         ("--warm-up-loss -1", "--warm-up-loss must be at least 0, got -1"),
         ("--process vp --p-mean 1", "are of --process edm; vp has no use for them"),
         ("--process ve --sigma-data 1", "are of --process edm; ve has no use for them"),

@@ -31,6 +31,7 @@ struct DenoisingLossArgs {
     const int64_t* seeds;
     PerSample level, c_skip, c_out, weight;
     double ceiling;
-    float* loss;  // [samples]
+    bool mean;
+    float* loss;  // [samples], or one number with `mean`
     int threads;
 };

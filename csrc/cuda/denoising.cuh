@@ -3,6 +3,7 @@
 //     noised    s (x + l n)
 //     loss      min(w, ceiling) mean(r^2),  r = c_out F + (c_skip - 1) x + c_skip l n
 //     grad      of the mean of all losses by F, in the same pass
+//     scale     grad into that of g_b loss_b, or of g times their mean
 //
 // A sample is one image. Its noise is read or, where the tensor is absent, drawn: number i of the
 // sample's seed and offset 0. What a coefficient of 0 multiplies is not read.
@@ -111,7 +112,7 @@ __device__ inline void noised(const NoisedParams& p) {
 struct DenoisingLossParams {
     static constexpr int kBlocks = 6;
     i64 samples, size, parts;
-    Data output, images, noise, grad, loss;  // grad may be absent; loss [samples]
+    Data output, images, noise, grad, loss;  // grad may be absent; loss [samples], or their mean
     const i64* seeds;
     double* shares;  // [samples, parts]: the sum of squares of each block
     PerSample level, c_skip, c_out, weight;
@@ -186,6 +187,14 @@ __device__ inline void denoising_loss(const DenoisingLossParams& p) {
     }
 }
 
+__device__ inline void write_loss(const Data& loss, i64 i, double value) {
+    if (loss.dtype == kFloat64) {
+        reinterpret_cast<double*>(loss.data)[i] = value;
+    } else {
+        reinterpret_cast<float*>(loss.data)[i] = static_cast<float>(value);
+    }
+}
+
 // The second pass over the shares of blocks, in a fixed order.
 __device__ inline void denoising_loss_sum(const DenoisingLossParams& p) {
     __shared__ double sums[kWarps];
@@ -197,13 +206,59 @@ __device__ inline void denoising_loss_sum(const DenoisingLossParams& p) {
         total = block_sum(total, sums);
         if (threadIdx.x == 0) {
             const double mean = total / static_cast<double>(p.size);
-            const double loss = bounded_weight(p, sample) * mean;
-            if (p.loss.dtype == kFloat64) {
-                reinterpret_cast<double*>(p.loss.data)[sample] = loss;
-            } else {
-                reinterpret_cast<float*>(p.loss.data)[sample] = static_cast<float>(loss);
-            }
+            write_loss(p.loss, sample, bounded_weight(p, sample) * mean);
         }
+    }
+}
+
+// The same where the mean over samples is wanted, in one block.
+__device__ inline void denoising_loss_mean(const DenoisingLossParams& p) {
+    __shared__ double sums[kWarps];
+    double total = 0;
+    for (i64 item = threadIdx.x; item < p.samples * p.parts; item += kThreads) {
+        total += bounded_weight(p, divide(item, p.parts)) * p.shares[item];
+    }
+    total = block_sum(total, sums);
+    const double elements = static_cast<double>(p.samples) * static_cast<double>(p.size);
+    if (threadIdx.x == 0) write_loss(p.loss, 0, total / elements);
+}
+
+struct ScaleParams {
+    static constexpr int kBlocks = 8;
+    i64 samples, size, parts;
+    Data grad;     // in place
+    PerSample g;   // upstream: of the loss of each sample, or of their mean
+    double count;  // of what `g` is the gradient of: samples, or 1
+};
+
+template <typename A, int DTYPE>
+struct Scale {
+    Data grad;
+    A factor;
+
+    template <int N>
+    __device__ void run(i64 i) const {
+        Raw<A, N> raw;
+        fetch<DTYPE>(grad.data, static_cast<int>(grad.dtype), i, &raw);
+        A x[N];
+        convert<DTYPE>(raw, static_cast<int>(grad.dtype), x);
+#pragma unroll
+        for (int j = 0; j < N; ++j) x[j] *= factor;
+        write<DTYPE, N>(grad, i, x);
+    }
+};
+
+// What is the gradient of the mean already stays untouched, and costs no traffic.
+template <typename A, int DTYPE, int V>
+__device__ inline void denoising_scale(const ScaleParams& p) {
+    const double wide = 1.0 / p.count;
+    const double unit = p.g.data.dtype == kFloat64 ? wide : static_cast<float>(wide);
+    for (i64 item = blockIdx.x; item < p.samples * p.parts; item += gridDim.x) {
+        const i64 sample = divide(item, p.parts), part = item - sample * p.parts;
+        const double g = number(p.g, sample);
+        if (g == unit) continue;
+        const Scale<A, DTYPE> scale{p.grad, static_cast<A>(g * p.count)};
+        for_elements<V>(sample, p.size, part, p.parts, scale);
     }
 }
 
@@ -222,7 +277,13 @@ __device__ inline void denoising_loss_sum(const DenoisingLossParams& p) {
     X(denoising_loss_any_v1, DenoisingLossParams, (dsno::denoising_loss<float, dsno::kAny, 1>))         \
     X(denoising_loss_f64_v2, DenoisingLossParams, (dsno::denoising_loss<double, dsno::kAny, 2>))        \
     X(denoising_loss_f64_v1, DenoisingLossParams, (dsno::denoising_loss<double, dsno::kAny, 1>))        \
-    X(denoising_loss_sum, DenoisingLossParams, dsno::denoising_loss_sum)
+    X(denoising_loss_sum, DenoisingLossParams, dsno::denoising_loss_sum)                                \
+    X(denoising_loss_mean, DenoisingLossParams, dsno::denoising_loss_mean)                              \
+    X(denoising_scale_f32_v4, ScaleParams, (dsno::denoising_scale<float, dsno::kFloat32, 4>))           \
+    X(denoising_scale_any_v8, ScaleParams, (dsno::denoising_scale<float, dsno::kAny, 8>))               \
+    X(denoising_scale_any_v1, ScaleParams, (dsno::denoising_scale<float, dsno::kAny, 1>))               \
+    X(denoising_scale_f64_v2, ScaleParams, (dsno::denoising_scale<double, dsno::kAny, 2>))              \
+    X(denoising_scale_f64_v1, ScaleParams, (dsno::denoising_scale<double, dsno::kAny, 1>))
 // clang-format on
 
 DSNO_DENOISING_KERNELS(DSNO_DEFINE_STEP_KERNEL)

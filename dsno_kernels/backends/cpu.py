@@ -17,6 +17,7 @@ from torch import Tensor
 from dsno_kernels import _layout
 from dsno_kernels.backends import Request
 from dsno_kernels.backends.cpu_denoising import denoising_loss as denoising_loss
+from dsno_kernels.backends.cpu_denoising import denoising_scale_ as denoising_scale_
 from dsno_kernels.backends.cpu_denoising import noised as noised
 from dsno_kernels.backends.cpu_steps import abs_rank as abs_rank
 from dsno_kernels.backends.cpu_steps import exp_step as exp_step

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dsno_kernels import _dense
-from dsno_kernels.backends.cpu_steps import _DTYPES, _pairs, _threads
+from dsno_kernels.backends.cpu_steps import _DTYPES, _pairs, _threads, exp_step
+from dsno_kernels.backends.reference_denoising import scale_rows
 
 try:
     from dsno_kernels import _C
@@ -80,6 +81,7 @@ def denoising_loss(
     values: Sequence[float],
     ceiling: float,
     grad_dtype: torch.dtype | None,
+    mean: bool,
 ) -> tuple[Tensor, Tensor | None]:
     layout = _dense.output_like(images, grad_dtype or images.dtype, per_sample=True)
     grad = None if grad_dtype is None else layout
@@ -88,7 +90,7 @@ def denoising_loss(
     seeds = None if seeds is None else seeds.contiguous()
     numbers, _alive = _coefficients(coefficients, values)
     samples, elements = len(images), images.numel()
-    loss = torch.empty(samples, dtype=torch.float32)
+    loss = torch.empty(() if mean else samples, dtype=torch.float32)
     _C.cpu_denoising_loss(
         samples,
         elements // samples,
@@ -96,7 +98,22 @@ def denoising_loss(
         0 if seeds is None else seeds.data_ptr(),
         numbers,
         ceiling,
+        mean,
         loss.data_ptr(),
         _threads(elements),
     )
     return loss, grad
+
+
+def denoising_scale_(grad: Tensor, g: Tensor) -> None:
+    rows = scale_rows(g)
+    exp_step(
+        [grad],
+        coefficients=rows,
+        values=[],
+        index=None,
+        head=None,
+        ring=0,
+        out_dtype=grad.dtype,
+        out=grad,
+    )

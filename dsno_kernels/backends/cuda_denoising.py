@@ -27,6 +27,7 @@ from dsno_kernels.backends.reference_steps import compute_dtype
 
 _NOISED = struct.Struct("<10q" + "3qd" * 2)
 _LOSS = struct.Struct("<15q" + "3qd" * 4 + "d")
+_SCALE = struct.Struct("<5q3q2d")
 
 
 def _kind_of(tensors: Sequence[Tensor | None], seeds: Tensor | None, size: int) -> tuple[str, int]:
@@ -95,6 +96,7 @@ class Denoising:
         values: Sequence[float],
         ceiling: float,
         grad_dtype: torch.dtype | None,
+        mean: bool,
     ) -> tuple[Tensor, Tensor | None]:
         dtype = compute_dtype([output, images, noise])
         layout = _dense.output_like(images, grad_dtype or images.dtype, per_sample=True)
@@ -105,7 +107,7 @@ class Denoising:
         samples, size = len(images), images[0].numel()
         kind, width = _kind_of([output, images, noise, grad], seeds, size)
         parts = _parts(samples, size, _THREADS * width)
-        loss = images.new_empty(samples, dtype=dtype)
+        loss = images.new_empty(() if mean else samples, dtype=dtype)
         shares = images.new_empty(samples * parts, dtype=torch.float64)
         tensors = output, images, noise, grad, loss
         params = _LOSS.pack(
@@ -114,5 +116,17 @@ class Denoising:
         )  # fmt: skip
         touched = _present(*tensors, seeds, shares, *coefficients)
         self.launch(f"denoising_loss_{kind}", min(samples * parts, _MAX_GRID), params, touched)
-        self.launch("denoising_loss_sum", min(samples, _MAX_GRID), params, touched)
+        if mean:
+            self.launch("denoising_loss_mean", 1, params, touched)
+        else:
+            self.launch("denoising_loss_sum", min(samples, _MAX_GRID), params, touched)
         return loss, grad
+
+    @torch.no_grad()
+    def denoising_scale_(self, grad: Tensor, g: Tensor) -> None:
+        samples, size = len(grad), grad[0].numel()
+        kind, width = _kind([grad])
+        parts = _parts(samples, size, _THREADS * width)
+        count = len(g) if g.ndim else 1
+        params = _SCALE.pack(samples, size, parts, *_data(grad), *_numbers([g], [0.0]), count)
+        self.launch(f"denoising_scale_{kind}", min(samples * parts, _MAX_GRID), params, [grad, g])

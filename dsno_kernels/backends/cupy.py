@@ -127,3 +127,4 @@ abs_rank = _steps.abs_rank
 _denoising = Denoising(_launch_step)
 noised = _denoising.noised
 denoising_loss = _denoising.denoising_loss
+denoising_scale_ = _denoising.denoising_scale_

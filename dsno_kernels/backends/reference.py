@@ -23,6 +23,7 @@ from dsno_kernels._modes import alpha
 from dsno_kernels.backends import Request
 from dsno_kernels.backends._matmul import out_of_reach
 from dsno_kernels.backends.reference_denoising import denoising_loss as denoising_loss
+from dsno_kernels.backends.reference_denoising import denoising_scale_ as denoising_scale_
 from dsno_kernels.backends.reference_denoising import noised as noised
 from dsno_kernels.backends.reference_norm import group_norm_silu as group_norm_silu
 from dsno_kernels.backends.reference_norm import (

@@ -89,9 +89,10 @@ def denoising_loss(
     values: Sequence[float],
     ceiling: float,
     grad_dtype: torch.dtype | None,
+    mean: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss of each sample, `[B]`; and, in `grad_dtype`, the gradient of their mean by `output`.
-    Coefficients: level, c_skip, c_out, weight.
+    """The loss of each sample, `[B]`, or their mean; and, in `grad_dtype`, the gradient of the mean
+    by `output`. Coefficients: level, c_skip, c_out, weight.
     """
     dtype = reference_steps.compute_dtype([output, images, noise])
     if seeds is not None:
@@ -108,4 +109,16 @@ def denoising_loss(
         grad = reference_steps.exp_step(
             [residual], coefficients=slope[:, None], out_dtype=grad_dtype
         )
-    return loss.to(dtype), grad
+    return (loss.mean() if mean else loss).to(dtype), grad
+
+
+def scale_rows(g: Tensor) -> Tensor:
+    """What the gradient of the mean times is that of `sum of g_b loss_b`, `[B, 1]`; of an upstream
+    gradient of the mean, `[1]`.
+    """
+    return (g.double() * (len(g) if g.ndim else 1))[..., None]
+
+
+def denoising_scale_(grad: Tensor, g: Tensor) -> None:
+    rows = scale_rows(g)
+    grad.copy_(reference_steps.exp_step([grad], coefficients=rows, out_dtype=grad.dtype))

@@ -95,6 +95,7 @@ def denoising_loss(
     noise: Tensor | None = None,
     seeds: Tensor | Sequence[int] | None = None,
     ceiling: float | None = None,
+    reduction: str = "none",
     backend: str | None = None,
 ) -> Tensor:
     r"""The weighted squared error of a preconditioned denoiser, for each sample, in one pass.
@@ -108,9 +109,10 @@ def denoising_loss(
 
     Where ``output`` alone requires a gradient, the same pass writes it, for the mean of L: with
     `seeds` two tensors are read and one is written, with `noise` three and one. The backward of
-    ``L.mean()`` on the CPU has nothing left to do; any other (and every one on a GPU) scales that
-    tensor, one more read and write. With :func:`noised` a training step so moves at most four reads
-    and three writes with `seeds`, six and three with `noise`.
+    that mean, by ``reduction="mean"`` or ``L.mean()``, moves no tensor; another upstream gradient
+    scales it, one more read and write, as a compiled backward always does. With :func:`noised` a
+    training step so moves three reads and two writes with `seeds`, five and two with `noise`, and
+    at most one more of each.
 
     Args:
         output: F, the network's output, the shape of images, real, floating point, any strides.
@@ -120,11 +122,12 @@ def denoising_loss(
         noise, seeds: n, as in :func:`noised`, which gets the same. With `seeds`, each of images and
             output whose memory is not in the order of its shape costs one more pass.
         ceiling: an upper bound of the weights, such as that of a warm-up; None for none.
+        reduction: "none" returns L, "mean" its mean over the batch, in the same pass.
         backend: as in :func:`noised`.
 
     Returns:
-        L, ``(B,)``, float32 (float64 where a tensor is). A sample without elements has the loss
-        NaN, as the mean of nothing.
+        L, ``(B,)``, or its mean, ``()``; float32 (float64 where a tensor is). A sample without
+        elements has the loss NaN, as the mean of nothing.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as :func:`noised`.
@@ -145,7 +148,7 @@ def denoising_loss(
         >>> images, sigma, seeds = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 5.0]), [17, 18]
         >>> output = torch.randn(2, 3, 8, 8, requires_grad=True)  # of network(dk.noised(..), ..)
         >>> loss = dk.denoising_loss(output, images, sigma, 1.0, -sigma, sigma**-2, seeds=seeds)
-        >>> loss.mean().backward()
+        >>> loss.mean().backward()  # with reduction="mean" two small operations less
     """
     _images(images)
     step_checks.all_like(("output",), (output,), images, of="images")
@@ -158,6 +161,8 @@ def denoising_loss(
         raise TypeError(f"ceiling must be a number or None, got {ceiling!r}")
     elif not ceiling > 0:
         raise ValueError(f"ceiling must be greater than 0, got {ceiling!r}; None means no ceiling")
+    if reduction not in ("none", "mean"):
+        raise ValueError(f"reduction must be 'none' or 'mean', got {reduction!r}")
     return _denoising.differentiable_denoising_loss(
         output,
         images,
@@ -166,6 +171,7 @@ def denoising_loss(
         coefficients,
         values,
         float(ceiling),
+        reduction == "mean",
         checks.backend(backend),
     )
 

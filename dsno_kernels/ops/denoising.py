@@ -1,8 +1,8 @@
 """Ops `noised` and `denoising_loss`: what training by denoising does before and after the network.
 
 `denoising_loss` writes the gradient of the mean loss by the network's output in the pass that sums
-the loss, so that the backward of `loss.mean()` has nothing left to do. Another upstream gradient
-scales it, in place and once; whoever asks again, as `retain_graph` allows, gets it computed anew.
+the loss, so that the backward of the mean has nothing left to do. Another upstream gradient scales
+it, in place and once; whoever asks again, as `retain_graph` allows, gets it computed anew.
 
 Every other derivative is that of the same formulas on `exp_step`, to any order.
 """
@@ -20,7 +20,7 @@ from dsno_kernels.backends import Request, reference, reference_denoising, selec
 from dsno_kernels.backends.reference_steps import compute_dtype
 from dsno_kernels.ops import define, on_reference, under_transform
 from dsno_kernels.ops._direct import runs_directly
-from dsno_kernels.ops.exp_step import differentiable_exp_step, exp_step_, records_graph
+from dsno_kernels.ops.exp_step import differentiable_exp_step, records_graph
 
 # Of one call: a tensor for each coefficient or None, and the numbers in the places of None.
 Coefficients = list[Tensor | None]
@@ -99,11 +99,12 @@ def _run_loss(
     values: list[float],
     ceiling: float,
     with_grad: bool,
+    mean: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if images.numel() == 0:
         fake = _fake_loss(
-            output, images, noise, seeds, coefficients, values, ceiling, with_grad, backend
+            output, images, noise, seeds, coefficients, values, ceiling, with_grad, mean, backend
         )
         return fake[0].fill_(torch.nan), fake[1]
     request = Request("denoising_loss", images.device, compute_dtype([output, images, noise]))
@@ -118,6 +119,7 @@ def _run_loss(
         values=values,
         ceiling=ceiling,
         grad_dtype=_grad_dtype(output) if with_grad else None,
+        mean=mean,
     )
     if grad is None:
         grad = images.new_empty(0)
@@ -136,9 +138,11 @@ def _fake_loss(
     values: list[float],
     ceiling: float,
     with_grad: bool,
+    mean: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    loss = images.new_empty(images.shape[:1], dtype=compute_dtype([output, images, noise]))
+    shape = () if mean else images.shape[:1]
+    loss = images.new_empty(shape, dtype=compute_dtype([output, images, noise]))
     if not with_grad:
         return loss, images.new_empty(0)
     if seeds is not None:
@@ -148,7 +152,7 @@ def _fake_loss(
 
 loss_op = define(
     f"denoising_loss(Tensor output, Tensor images, {_SAMPLES}, float ceiling, bool with_grad,"
-    " str backend) -> (Tensor, Tensor)",
+    " bool mean, str backend) -> (Tensor, Tensor)",
     _run_loss,
     _fake_loss,
 )
@@ -202,6 +206,35 @@ def differentiable_noised(
     return differentiable_exp_step([images, noise], rows, [], None, out_dtype, backend)
 
 
+def _is_that_of_the_mean(g: Tensor) -> bool:
+    """Whether an upstream gradient leaves nothing to scale, where the host may look; elsewhere the
+    kernel does.
+    """
+    if g.device.type != "cpu":
+        return False
+    return bool((g == 1 / len(g)).all()) if g.ndim else g.item() == 1
+
+
+def _run_scale(grad: Tensor, g: Tensor, backend: str) -> None:
+    """The stored gradient of the mean, in place, as that of `sum of g_b loss_b`; g without axes is
+    the upstream gradient of the mean.
+    """
+    if grad.numel() == 0 or _is_that_of_the_mean(g):
+        return
+    select(backend, Request("denoising_loss", grad.device, compute_dtype([grad]))).denoising_scale_(
+        grad, g
+    )
+
+
+def _fake_scale(grad: Tensor, g: Tensor, backend: str) -> None:
+    return None
+
+
+scale_op = define(
+    "denoising_scale_(Tensor(a!) grad, Tensor g, str backend) -> ()", _run_scale, _fake_scale
+)
+
+
 class DenoisingLossFunction(torch.autograd.Function):
     """Autograd of `denoising_loss` by the output alone; arguments as those of the op."""
 
@@ -210,6 +243,7 @@ class DenoisingLossFunction(torch.autograd.Function):
         ctx: Any,
         values: list[float],
         ceiling: float,
+        mean: bool,
         backend: str,
         output: Tensor,
         images: Tensor,
@@ -219,9 +253,10 @@ class DenoisingLossFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(output, images, noise, seeds, *coefficients)
         ctx.others = values, ceiling
+        ctx.mean = mean
         ctx.backend = backend
-        given = output, images, noise, seeds, list(coefficients), values, ceiling, True, backend
-        loss, ctx.grad = _loss(*given)
+        given = images, noise, seeds, list(coefficients), values, ceiling
+        loss, ctx.grad = _loss(output, *given, True, mean, backend)
         return loss
 
     @staticmethod
@@ -230,20 +265,21 @@ class DenoisingLossFunction(torch.autograd.Function):
         given = images, noise, seeds, coefficients, *ctx.others
         compiling = torch.compiler.is_compiling()
         if under_transform() or (torch.is_grad_enabled() and not compiling):
+            g = (g / len(images)).expand(len(images)) if ctx.mean else g
             grad = _differentiable_gradient(g, output, given, ctx.backend)
         elif compiling:
             grad = _scaled(ctx.grad, g, output.dtype, ctx.backend)
         else:
             stored, ctx.grad = ctx.grad, None
             if stored is None:
-                stored = _loss(output, *given, True, ctx.backend)[1]
+                stored = _loss(output, *given, True, ctx.mean, ctx.backend)[1]
             grad = _scaled_in_place(stored, g, output.dtype, ctx.backend)
-        return None, None, None, grad, *[None] * (3 + len(coefficients))
+        return None, None, None, None, grad, *[None] * (3 + len(coefficients))
 
 
 def _scaled(grad: Tensor, g: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """The gradient of the mean loss as that of `sum of g_b loss_b`."""
-    rows = (g.double() * len(g))[:, None]
+    """What `_run_scale` makes of the gradient, in memory of its own."""
+    rows = reference_denoising.scale_rows(g)
     return differentiable_exp_step([grad], rows, [], None, dtype, backend)
 
 
@@ -251,10 +287,7 @@ def _scaled_in_place(grad: Tensor, g: Tensor, dtype: torch.dtype, backend: str) 
     """The same in the memory of `grad`, where the dtype is that."""
     if grad.dtype != dtype:
         return _scaled(grad, g, dtype, backend)
-    # Where the host may look, the mean's own gradient costs no pass.
-    if len(g) and not (g.device.type == "cpu" and bool((g == 1 / len(g)).all())):
-        rows = (g.double() * len(g))[:, None]
-        exp_step_(grad, [grad], rows, [], None, None, 0, backend)
+    (_run_scale if runs_directly([grad, g]) else scale_op)(grad, g, backend)
     return grad
 
 
@@ -293,6 +326,7 @@ def differentiable_denoising_loss(
     coefficients: Coefficients,
     values: list[float],
     ceiling: float,
+    mean: bool,
     backend: str,
 ) -> Tensor:
     """`denoising_loss` with autograd."""
@@ -300,15 +334,16 @@ def differentiable_denoising_loss(
         *columns, weight = reference_denoising.columns(coefficients, values, images)
         residual = _residual(output, images, noise, seeds, columns, backend)
         squares = reference_denoising.flat(residual.square()).mean(1)
-        return (weight.clamp(max=ceiling) * squares).to(squares.dtype)
+        loss = weight.clamp(max=ceiling) * squares
+        return (loss.mean() if mean else loss).to(squares.dtype)
     if not records_graph([output]):
-        given = output, images, noise, seeds, coefficients, values, ceiling, False, backend
-        return _loss(*given)[0]
+        given = output, images, noise, seeds, coefficients, values, ceiling
+        return _loss(*given, False, mean, backend)[0]
     tensors = [output, images, noise, seeds, *coefficients]
     if torch.compiler.is_compiling():  # Dynamo refuses a Function that gets one tensor twice
         tensors = [
             t.view_as(t) if t is not None and any(t is other for other in tensors[:i]) else t
             for i, t in enumerate(tensors)
         ]
-    loss: Tensor = DenoisingLossFunction.apply(values, ceiling, backend, *tensors)
-    return loss
+    found: Tensor = DenoisingLossFunction.apply(values, ceiling, mean, backend, *tensors)
+    return found

@@ -111,7 +111,8 @@ class TeacherTask:
             self.preconditioner.weight(sigma),
             seeds=seeds,
             ceiling=self.warm_up.ceiling(int(part["update"][0])),
-        ).mean()
+            reduction="mean",
+        )
 
 
 def train(
@@ -261,8 +262,11 @@ def _check_process(arguments: argparse.Namespace) -> None:
         raise CommandError(f"--multiplier must be positive, got {arguments.multiplier}")
     try:
         FDM(BASES[arguments.process], arguments.multiplier or MULTIPLIER)
-    except ValueError as error:
-        raise CommandError(f"--multiplier {arguments.multiplier}: {error}") from None
+    except ValueError:
+        raise CommandError(
+            f"--multiplier {arguments.multiplier:g} is too large: nothing of the data would be left"
+            " at the last noise level, not even in float64; the paper's are 1 and 2"
+        ) from None
     if arguments.warm_up_loss < 0:
         raise CommandError(f"--warm-up-loss must be at least 0, got {arguments.warm_up_loss}")
     given = (arguments.p_mean, arguments.p_std, arguments.sigma_data)

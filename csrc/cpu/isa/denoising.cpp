@@ -153,12 +153,15 @@ bool denoising_loss(const DenoisingLossArgs& args) {
     step.partial = static_cast<double*>(scratch(sizeof(double) * static_cast<size_t>(tasks)));
     if (!step.partial) return false;
     parallel_for(args.threads, tasks, DenoisingLoss::task, &step);
+    double all = 0.0;
     for (int64_t sample = 0; sample < args.samples; ++sample) {
         double total = 0.0;
         for (int64_t j = 0; j < per_sample; ++j) total += step.partial[sample * per_sample + j];
-        const double mean = total / static_cast<double>(args.size);
-        args.loss[sample] = static_cast<float>(step.weight(sample) * mean);
+        const double loss = step.weight(sample) * (total / static_cast<double>(args.size));
+        if (!args.mean) args.loss[sample] = static_cast<float>(loss);
+        all += loss;
     }
+    if (args.mean) args.loss[0] = static_cast<float>(all / static_cast<double>(args.samples));
     return true;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 
@@ -450,7 +451,10 @@ def test_names() -> None:
         ({"eta": 1.0}, ValueError, "'tab3' takes no eta"),
         ({"name": "ddim", "eta": 2.0}, ValueError, "at most 1 for ddim"),
         ({"S_churn": 1.0}, ValueError, "'tab3' takes no churn"),
+        ({"name": "sde_dpmpp_2", "eta": math.inf}, ValueError, "eta must be finite"),
         ({"name": "heun", "S_churn": -1.0}, ValueError, "at least 0"),
+        ({"name": "heun", "S_noise": math.inf}, ValueError, "S_noise finite, got 0.0 and inf"),
+        ({"name": "heun", "S_min": math.nan}, ValueError, "S_min must be at most S_max, got nan"),
         ({"process": object()}, TypeError, "process must have a method alpha"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -144,11 +145,14 @@ def check_choices(
         raise ValueError(f"unknown end {end!r}; known are {', '.join(END_POLICIES)}")
     if eta is not None and solver.noise is None:
         raise ValueError(f"solver {solver.name!r} takes no eta")
-    if eta is not None and not (eta >= 0 and (solver.name != "ddim" or eta <= 1)):
-        raise ValueError(f"eta must be at least 0, and at most 1 for ddim, got {eta}")
-    if not (churn.S_churn >= 0 and churn.S_noise >= 0):
+    if eta is not None and not (0 <= eta < math.inf and (solver.name != "ddim" or eta <= 1)):
+        raise ValueError(f"eta must be finite, at least 0, and at most 1 for ddim, got {eta}")
+    if not (churn.S_churn >= 0 and 0 <= churn.S_noise < math.inf):
         raise ValueError(
-            f"S_churn and S_noise must be at least 0, got {churn.S_churn} and {churn.S_noise}"
+            "S_churn and S_noise must be at least 0, and S_noise finite, got"
+            f" {churn.S_churn} and {churn.S_noise}"
         )
+    if not churn.S_min <= churn.S_max:
+        raise ValueError(f"S_min must be at most S_max, got {churn.S_min} and {churn.S_max}")
     if churn.S_churn > 0 and not solver.churn:
         raise ValueError(f"solver {solver.name!r} takes no churn; 'euler' and 'heun' do")

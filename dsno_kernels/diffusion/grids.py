@@ -212,4 +212,9 @@ def _discrete(process: Process, steps: int, kind: str, end: float | None) -> Ten
         times = torch.round((n - 1) * k / steps)
     if end is not None:
         times[-1] = end
+    elif bool((times[1:] >= times[:-1]).any()):
+        raise ValueError(
+            f"kind {kind!r} has no {steps} steps between different ones of {n} integer times: take"
+            " fewer, or a kind such as 'uniform', whose times lie between them"
+        )
     return times

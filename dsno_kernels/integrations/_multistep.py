@@ -290,6 +290,8 @@ class Multistep(Configured):
             given = given[:-1]
         if steps is not None and (timesteps is not None or steps != len(given)):
             raise ValueError("give num_inference_steps, timesteps or sigmas: only one of them")
+        if timesteps is not None:
+            _decreasing("timesteps", given)
         trained = np.array(((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5, np.float64)
         if config.use_flow_sigmas:
             if timesteps is not None:
@@ -309,12 +311,7 @@ class Multistep(Configured):
         match = config.match_diffusers
         to_smallest = final == "sigma_min" and not ends_clean and (match or own[-1] > smallest)
         own = np.append(own, smallest if to_smallest else 0.0)
-        for i in range(len(own) - 1):
-            if not own[i] > own[i + 1] and not (match and i == len(own) - 2):
-                raise ValueError(
-                    f"sigmas must decrease strictly: sigma {i} is {own[i]:.6g}, sigma {i + 1} is"
-                    f" {own[i + 1]:.6g}"
-                )
+        _decreasing("sigmas", own[:-1] if match else own)
         super().set_timesteps(len(given), device, **keywords)  # type: ignore[misc]
         self.sigmas = torch.from_numpy(own.astype(np.float32))
         self.timesteps = torch.from_numpy(times).to(device=device, dtype=torch.int64)
@@ -428,6 +425,15 @@ class Multistep(Configured):
         if (highest, definition) == (1.0, "diffusers"):
             return x0.clamp(-1.0, 1.0)  # what is left of the quantile
         return dynamic_threshold(x0, ratio, highest, definition)
+
+
+def _decreasing(name: str, values: Any) -> None:
+    for i in range(len(values) - 1):
+        if not values[i] > values[i + 1]:
+            raise ValueError(
+                f"{name} must decrease strictly: {name}[{i}] is {values[i]:.6g}, {name}[{i + 1}]"
+                f" is {values[i + 1]:.6g}"
+            )
 
 
 def _numbers(name: str, values: Sequence[float]) -> Any:

@@ -186,7 +186,9 @@ def test_few_blocks_do_the_work_of_many(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["80", "86", "90"])
 def test_memory_moves_by_sixteen_bytes(arch: str, tmp_path: Path) -> None:
-    """Of float32: two tensors in and one out of `noised`; three in and one out of the loss."""
+    """Of float32: two tensors in and one out of `noised`; three in and one out of the loss; one
+    in and out where an upstream gradient scales.
+    """
     tool, nvcc = cuobjdump(), shutil.which("nvcc", path="/usr/local/cuda/bin:" + os.environ["PATH"])
     if tool is None or nvcc is None:
         pytest.skip("nvcc or cuobjdump is not installed (the latter comes with triton)")
@@ -203,7 +205,7 @@ def test_memory_moves_by_sixteen_bytes(arch: str, tmp_path: Path) -> None:
         assert not any(kind.startswith(("LDL", "STL", "LD.", "ST.")) for kind in found), name
         wide = [kind for kind in found if kind.endswith(".128")]
         assert bool(wide) == name.endswith(("v2", "v4", "v8")), name
-    for op, reads in (("noised", 2), ("loss", 3)):
+    for op, reads in (("noised", 2), ("loss", 3), ("scale", 1)):
         found = accesses[f"denoising_{op}_f32_v4"]
         assert (found["LDG.E.128"], found["STG.E.128"]) == (reads, 1)
 

@@ -68,6 +68,36 @@ def test_values_and_gradient(
             )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", BUDGETS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 3, 32, 32), (3, 5, 7, 11)], ids=str)
+def test_the_mean_and_what_scales_its_gradient(
+    backend: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """By the op and by PyTorch; an upstream gradient of 1, which touches no memory, and another."""
+    if backend == "cpu" and dtype == F64:
+        pytest.skip("its arithmetic is float32")
+    x, output, noise = (randn(*shape, dtype=dtype) for _ in range(3))
+    output.requires_grad_()
+    sigma, c = SIGMA.to(DEVICE), on_device(edm(SIGMA))
+    wide = output.detach().cpu().double().requires_grad_()
+    right = loss_formula(wide, x.cpu(), SIGMA, **edm(SIGMA), noise=noise.cpu()).mean()
+    stored = None
+    for factor in (1.0, -2.5):
+        (expected,) = torch.autograd.grad(factor * right, wide, retain_graph=True)
+        for reduction in ("mean", "none"):
+            loss = dk.denoising_loss(
+                output, x, sigma, **c, noise=noise, reduction=reduction, backend=backend
+            ).mean()
+            assert loss.shape == ()
+            assert_close(loss, right, FLOAT64 if dtype == F64 else 4 * STEP)
+            (grad,) = torch.autograd.grad(loss if factor == 1 else factor * loss, output)
+            assert_close(grad, expected, 2 * BUDGETS[dtype])
+            if factor == 1:
+                assert stored is None or torch.equal(grad, stored)
+                stored = grad
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_runs_do_not_change_bits(backend: str) -> None:
     x, output = randn(2, 3, 5, 130, 131).unbind(0)

@@ -343,5 +343,8 @@ def test_networks_of_edm() -> None:
         with pytest.raises(ValueError, match=rf"0 to 2, or -1 for none, got {wrong}"):
             from_edm(Net())(x, 1.0, torch.tensor([0, wrong]))
     assert not calls
+    for process in (None, EDM()):
+        with pytest.raises(ValueError, match=r"the shape of x, \(2, 4\), got \(2, 1\)"):
+            from_edm(lambda x, *rest: x[:, :1], process=process)(x, 1.0)
     with pytest.raises(TypeError, match="callable"):
         from_edm(None)  # type: ignore[arg-type]

@@ -126,6 +126,7 @@ def test_gradients() -> None:
         (lambda: Preconditioner(EDM(), std=float("inf")), ValueError, "std must be positive and"),
         (lambda: Preconditioner(EDM(), float("nan")), ValueError, "mean must be finite, got nan"),
         (lambda: Preconditioner(EDM()).weight("loud"), TypeError, "sigma must be a real number"),
+        (lambda: Preconditioner(EDM()).coefficients(-1), ValueError, "at least 0, got -1"),
     ],
 )
 def test_refusals(make: Callable[[], object], error: type[Exception], match: str) -> None:

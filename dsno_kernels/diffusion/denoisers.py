@@ -220,9 +220,9 @@ def from_edm(
         elif y is not None:
             raise ValueError("y was given, but the network has no classes")
         if table is None:
-            return network(x, levels.float(), labels).to(x.dtype)
+            return _as_large(network(x, levels.float(), labels), x)
         c_skip, c_out, c_in, c_noise = table.coefficients(levels)
-        output = network(_per_sample(c_in, x) * x, c_noise.float(), labels).to(x.dtype)
+        output = _as_large(network(_per_sample(c_in, x) * x, c_noise.float(), labels), x)
         return _per_sample(c_skip, x) * x + _per_sample(c_out, x) * output
 
     return denoiser
@@ -278,6 +278,15 @@ def _levels(x: Tensor, sigma: Real) -> Tensor:
 def _per_sample(values: Tensor, x: Tensor) -> Tensor:
     """Values ``()`` or ``(B,)`` that multiply x, in its dtype."""
     return values.to(x.dtype).reshape(values.shape + (1,) * (x.ndim - 1) * values.ndim)
+
+
+def _as_large(output: Tensor, x: Tensor) -> Tensor:
+    """What a network returned, in the dtype of its input; refused where it has another shape."""
+    if output.shape != x.shape:
+        raise ValueError(
+            f"network must return the shape of x, {tuple(x.shape)}, got {tuple(output.shape)}"
+        )
+    return output.to(x.dtype)
 
 
 def _check_classes(y: Tensor, count: int) -> None:

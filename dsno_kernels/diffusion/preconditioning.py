@@ -83,8 +83,14 @@ class Preconditioner:
     def coefficients(self, sigma: Real) -> Coefficients:
         """c_skip, c_out, c_in and c_noise at noise levels sigma, any shape; differentiable.
 
-        At sigma = 0 the denoiser is the identity: c_skip = 1, c_out = 0.
+        At sigma = 0 the denoiser is the identity: c_skip = 1, c_out = 0. Nothing is clamped: levels
+        beyond those of the process, as training draws them, take the same formulas.
+
+        Raises:
+            ValueError: a number below 0 (a tensor is not looked at).
         """
+        if isinstance(sigma, (int, float)) and sigma < 0:
+            raise ValueError(f"sigma must be at least 0, got {sigma}")
         sigma = as_float64("sigma", sigma)
         c_skip, c_out = skip_and_out(self.base, sigma)
         return Coefficients(c_skip, c_out, self._c_in(sigma), self._c_noise(sigma))

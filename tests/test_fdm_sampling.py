@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ pytest.importorskip("lmdb")
 pytest.importorskip("tqdm")
 pytest.importorskip("safetensors")
 
+import dsno_kernels as dk
 from dsno_kernels import commands, diffusion, models
 from dsno_kernels.diffusion import EDM, FDM, ExactDenoiser, SolverPlan, for_process, time_grid
+from dsno_kernels.diffusion.denoisers import Denoiser
 from dsno_kernels.models import DSNO, DSNOConfig, EDMDenoiser
 from dsno_kernels.training.trajectories import PROCESSES
 from tests.helpers import assert_close, rel_rms
@@ -94,6 +97,34 @@ def test_deis_unipc_and_a_learned_grid_on_one_momentum_process(tmp_path: Path) -
     errors["learned"] = rel_rms(found, expected[held_out])
     assert max(errors["deis3"], errors["unipc3"]) < errors["ddim"] / 5, errors
     assert errors["learned"] < errors["dpmpp_3m"] / 1.5, errors
+
+
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example in README runs as it stands: a model of a file along DEIS, UniPC and an LD3 grid,
+    three ways to nearly the same images.
+    """
+    readme = Path(__file__).parents[1] / "README.md"
+    section = readme.read_text().split("\n## Momentum diffusion\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    model = denoiser(PROCESS)
+    with torch.no_grad():  # as smooth as one of Gaussian data, which few steps sample well
+        model.network.all_modules[-1].weight.mul_(0.02)
+    (tmp_path / "fdm").mkdir()
+    models.save(model, tmp_path / "fdm" / "teacher.safetensors")
+    monkeypatch.chdir(tmp_path)
+    original, drawn = diffusion.sample, {}
+
+    def sample(model: Denoiser, x: Tensor, plan: SolverPlan) -> Tensor:
+        drawn[plan.solver, len(plan.grid) - 1] = original(model, x, plan)
+        return drawn[plan.solver, len(plan.grid) - 1]
+
+    monkeypatch.setattr(diffusion, "sample", sample)
+    exec(code, {"dk": dk, "torch": torch})
+    assert list(drawn) == [("deis3", 10), ("unipc3_bh2", 10), ("dpmpp_3m", 5)]
+    expected = drawn["unipc3_bh2", 10]
+    assert expected.shape == (64, 1, 8, 8)
+    for images in drawn.values():
+        assert rel_rms(images, expected) < 0.25  # 0.9 of five steps on the usual grid
 
 
 def test_train_trajectories_takes_the_denoiser_of_the_file(tmp_path: Path) -> None:

@@ -9,14 +9,11 @@ namespace {
 struct ExpStep {
     const ExpStepArgs& args;
     Chunks chunks;
-    bool streams, in_place;
+    bool streams, one_dtype = true;
 
     explicit ExpStep(const ExpStepArgs& a)
-        : args(a),
-          chunks(a.size),
-          streams(can_stream(a.out, a.samples, a.size)),
-          in_place(a.out.dtype == kFloat32) {
-        for (int j = 0; j < a.terms; ++j) in_place = in_place && a.term[j].dtype == kFloat32;
+        : args(a), chunks(a.size), streams(can_stream(a.out, a.samples, a.size)) {
+        for (int j = 0; j < a.terms; ++j) one_dtype = one_dtype && a.term[j].dtype == a.out.dtype;
     }
 
     static void task(void* context, int64_t task, int) {
@@ -25,11 +22,22 @@ struct ExpStep {
         const int64_t sample = self.chunks.sample(task), first = sample * a.size;
         Terms terms;
         for (int j = 0; j < a.terms; ++j) terms.add(row_value(a.rows, sample, j), j);
-        const int64_t end = self.chunks.end(task);
-        const int64_t block = self.in_place ? kStepChunk : kStepBlock;
+        const int64_t begin = self.chunks.begin(task), end = self.chunks.end(task);
+        if (self.one_dtype && a.out.dtype != kFloat32) {
+            const char* from[kMaxTerms];
+            for (int k = 0; k < terms.count; ++k) {
+                from[k] = step_element(a.term[terms.id[k]], first + begin);
+            }
+            const auto* sums =
+                a.out.dtype == kFloat16 ? kSumNarrow<kFloat16> : kSumNarrow<kBFloat16>;
+            sums[terms.count](from, terms.coefficient, end - begin,
+                              step_element(a.out, first + begin));
+            return;
+        }
+        const int64_t block = self.one_dtype ? kStepChunk : kStepBlock;
         alignas(64) float buffers[kMaxTerms + 1][kStepBlock];
         const float* values[kMaxTerms];
-        for (int64_t i = self.chunks.begin(task); i < end; i += block) {
+        for (int64_t i = begin; i < end; i += block) {
             const int64_t count = min64(block, end - i);
             for (int k = 0; k < terms.count; ++k) {
                 const int j = terms.id[k];

@@ -128,6 +128,37 @@ static inline void write_block(const Dense& x, int64_t start, int64_t count, con
     sum_block<1>(&from, &one, count, reinterpret_cast<float*>(to), true);
 }
 
+// `sum_block` of terms and a result of one 16-bit dtype: they are converted in registers.
+template <int N, int dtype>
+static void sum_narrow(const char* const* terms, const float* coefficients, int64_t count,
+                       char* out) {
+    constexpr int kBytes = 2;
+    const char* p[N < 1 ? 1 : N];
+    Vec c[N < 1 ? 1 : N], x[N < 1 ? 1 : N];
+    for (int j = 0; j < N; ++j) {
+        p[j] = terms[j];
+        c[j] = set1(coefficients[j]);
+    }
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+#pragma GCC unroll 12
+        for (int j = 0; j < N; ++j) x[j] = load_vec(p[j] + kBytes * i, dtype);
+        store_vec(out + kBytes * i, dtype, sum_vec<N>(c, x));
+    }
+    if (i < count) {
+        const int rest = static_cast<int>(count - i);
+        for (int j = 0; j < N; ++j) x[j] = load_some(p[j] + kBytes * i, dtype, rest);
+        store_some(out + kBytes * i, dtype, sum_vec<N>(c, x), rest);
+    }
+}
+
+using SumNarrow = void (*)(const char* const*, const float*, int64_t, char*);
+template <int dtype>
+constexpr SumNarrow kSumNarrow[kMaxTerms + 1] = {
+    sum_narrow<0, dtype>, sum_narrow<1, dtype>, sum_narrow<2, dtype>, sum_narrow<3, dtype>,
+    sum_narrow<4, dtype>, sum_narrow<5, dtype>, sum_narrow<6, dtype>, sum_narrow<7, dtype>,
+    sum_narrow<8, dtype>, sum_narrow<9, dtype>, sum_narrow<10, dtype>};
+
 using SumBlock = void (*)(const float* const*, const float*, int64_t, float*, bool);
 constexpr SumBlock kSumBlock[kMaxTerms + 1] = {
     sum_block<0>, sum_block<1>, sum_block<2>, sum_block<3>, sum_block<4>, sum_block<5>,

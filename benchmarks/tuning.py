@@ -76,8 +76,6 @@ class Gate:
             seen = self._rows_of(call)
             served = {pair for key in seen for pair in partners(key)}
             for key in served:
-                if key[2].endswith("large") and key not in seen:
-                    continue  # a call that writes sign bits
                 self.users.setdefault(key, []).append(call)
 
     def _rows_of(self, call: Callable[[], object]) -> set[RowKey]:
@@ -93,12 +91,12 @@ class Gate:
         found: dict[Launch, None] = {}
         for call in self.users[key]:
             for one in triton_aot.launches_of(table, self.capability, call):
-                if one.kernel != f"{key[0]}_kernel":
-                    continue
-                if key[2].endswith("large") and not dict(one.constants)["PACKED"]:
-                    continue  # large tiles read packed weights alone
-                found[one] = None
-        return sorted(found, key=_ease)
+                if one.kernel == f"{key[0]}_kernel":
+                    found[one] = None
+        # Wide tiles read packed weights alone.
+        wide = not key[2].endswith("narrow")
+        fitting = [one for one in found if not wide or dict(one.constants).get("PACKED", True)]
+        return sorted(fitting, key=_ease)
 
     def submit(self, key: RowKey, config: Config, pool: Executor) -> None:
         """Compile the hardest launch in the background."""
@@ -147,10 +145,10 @@ def with_row(table: Architecture, key: RowKey, config: Config) -> Architecture:
 
 
 def partners(key: RowKey) -> set[RowKey]:
-    """The wide, narrow and large rows of a class: which serves a call depends on their tiles."""
+    """The wide and the narrow row of a class: which serves a call depends on their tiles."""
     kernel, method, kind = key
-    wide = kind.removesuffix("narrow").removesuffix("large").strip()
-    return {(kernel, method, f"{wide} {size}".strip()) for size in ("", "narrow", "large")}
+    wide = kind.removesuffix("narrow").strip()
+    return {(kernel, method, wide), (kernel, method, f"{wide} narrow".strip())}
 
 
 def _ease(one: Launch) -> tuple[int, int]:

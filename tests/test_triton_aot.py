@@ -206,8 +206,8 @@ def planes_of(pointer: str) -> int:
 
 
 def tiles_of(one: Launch) -> tuple[list[Tile], list[Tile]]:
-    """What a kernel loads in a step of its main loop, and what it stores; without sign bits,
-    tables, and what is small.
+    """What a kernel loads in a step of its main loop, and what it stores; without the sign bits
+    that it loads or a transform stores, tables, and what is small.
     """
     c = dict(one.constants)
     types = dict(one.signature)
@@ -217,10 +217,13 @@ def tiles_of(one: Launch) -> tuple[list[Tile], list[Tile]]:
     match one.kernel:
         case "spectral_conv_kernel":
             planes = halves * len(coefficients(c["T"], c["K"]))
+            stored = [Tile("y_ptr", "y", c["BLOCK_P"] * c["BLOCK_O"])]
+            if types["y_positive_ptr"] == "*u8":  # the neighbors that a thread has move at once
+                stored.append(Tile("y_positive_ptr", "y", c["BLOCK_P"] // 8 * c["BLOCK_O"]))
             return (
                 c["T"] * [Tile("x_ptr", "x", c["BLOCK_P"] * c["BLOCK_I"])]
                 + planes * [Tile("weight_ptr", "w", c["BLOCK_I"] * c["BLOCK_O"])],
-                c["N"] * [Tile("y_ptr", "y", c["BLOCK_P"] * c["BLOCK_O"])],
+                c["N"] * stored,
             )
         case "spectral_conv_weight_grad_kernel":
             return (

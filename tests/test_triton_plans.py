@@ -82,40 +82,11 @@ def test_wide_tiles_and_packed_weights_serve_more_than_one_wave(
     wave = table.multiprocessors
 
     def chosen(rows: int, channels: int, planes: int = 1) -> tuple[configs.Config, bool]:
-        return weights.choose_row(
-            table, kernel, "tf32", kind, rows, channels, planes=planes, signs=True
-        )
+        return weights.choose_row(table, kernel, "tf32", kind, rows, channels, planes=planes)
 
     assert chosen(wave * P, O) == chosen(wave * P // 2, 2 * O) == (narrow, False)
     assert chosen(wave * P + 1, O) == chosen(wave * P, O + 1) == (wide, True)
     assert chosen(1, O, planes=wave + 1) == (wide, True)
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)], ids="sm_{0[0]}{0[1]}".format)
-def test_large_tiles_serve_launches_without_sign_bits(capability: tuple[int, int]) -> None:
-    table = configs.ARCHITECTURES[capability]
-    large, wide = (table.rows["spectral_conv", "tf32", kind] for kind in ("3 large", "3"))
-
-    def chosen(tiles: int, signs: bool) -> tuple[configs.Config, bool]:
-        rows, channels = tiles * large.tile[0], large.tile[2]
-        return weights.choose_row(table, "spectral_conv", "tf32", "3", rows, channels, signs=signs)
-
-    assert large != wide
-    assert chosen(table.multiprocessors + 1, False) == (large, True)
-    assert chosen(4 * table.multiprocessors, True) == (wide, True)
-    assert chosen(table.multiprocessors // 4, False)[1] is False
-    # Through the whole plan: the tile that is launched.
-    x, weight = meta(32, 4, 256, 32, 32), meta(256, 256, 2, 2)
-    for signs, config in ((True, wide), (False, large)):
-        launches = triton_aot.launches_of(
-            table,
-            10 * capability[0] + capability[1],
-            lambda signs=signs: backend.spectral_conv(
-                x, weight, n=4, precision="tf32", save_positive=signs, **AXES
-            ),
-        )
-        constants = dict(launches[-1].constants)
-        assert config.tile == tuple(constants[f"BLOCK_{axis}"] for axis in "PIO")
 
 
 @pytest.mark.parametrize(

@@ -201,18 +201,20 @@ def transposed(a):
 
 
 @triton.jit
-def pixel_rows(start, padded_pixels, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Batch and pixel of the rows start, start + STEP, ..; b * padded_pixels + p is pixel p of b.
+def pixel_rows(start, padded_pixels, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Batch and pixel of the rows start, start + 1, ..; b * padded_pixels + p is pixel p of b.
 
-    The first row is divided in 64 bits, the others in the width of `padded_pixels`.
+    The first row is divided in 64 bits, the others in WIDTH, an integer type that holds the pixels.
+    For groups of 8 pixels all numbers count groups: divided by 8 afterwards, neighbors would no
+    longer be neighbors to the compiler, and their bytes would move one by one.
     """
     first = start // padded_pixels
-    row = (start - first * padded_pixels).to(padded_pixels.dtype) + tl.arange(0, BLOCK) * STEP
+    row = (start - first * padded_pixels).to(WIDTH) + tl.arange(0, BLOCK)
     return first + (row // padded_pixels).to(tl.int64), (row % padded_pixels).to(tl.int64)
 
 
 @triton.jit
-def channel_rows(start, rows, padded_pixels, BLOCK: tl.constexpr, STEP: tl.constexpr):
+def channel_rows(start, rows, padded_pixels, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Channel, batch and pixel; row c * rows + b * padded_pixels + p is pixel p of b and c.
 
     As in `pixel_rows`, the rows themselves are divided once: through a second division the compiler
@@ -220,7 +222,7 @@ def channel_rows(start, rows, padded_pixels, BLOCK: tl.constexpr, STEP: tl.const
     """
     batch = rows // padded_pixels
     first = start // padded_pixels
-    row = (start - first * padded_pixels).to(padded_pixels.dtype) + tl.arange(0, BLOCK) * STEP
+    row = (start - first * padded_pixels).to(WIDTH) + tl.arange(0, BLOCK)
     c = first // batch
     b = (first - c * batch).to(rows.dtype) + row // padded_pixels
     return (

@@ -4,10 +4,8 @@
 (how the products are computed) and by shape class. The fused kernels hold all coefficients of a
 tile on chip; their classes are "3" (up to 4 times, 3 coefficients), "4" (up to 4 times) and "8" (up
 to 8). A class without a row, where no tile fits the registers, and all longer transforms run on the
-planar kernels. `narrow` rows serve problems whose wide tiles take no more than one wave. `large`
-rows, where there are any, serve launches that write no sign bits: packing those costs registers,
-which a larger tile does not have. GPUs without a table take that of the smallest shared memory,
-which fits everywhere.
+planar kernels. `narrow` rows serve problems whose wide tiles take no more than one wave. GPUs
+without a table take that of the smallest shared memory, which fits everywhere.
 
 The `source` of a row says how it was chosen: "compiled" (it compiles without spills, as
 tests/test_triton_aot.py checks for all rows), "modeled: .." (best in the model of
@@ -31,10 +29,7 @@ METHODS = ("ieee", "tf32x3", "tf32", "bf16x3", "bf16")
 _FUSED = ("3", "4", "8")
 # The shape classes of each kernel.
 CLASSES = {
-    "spectral_conv": (
-        *_FUSED,
-        *(f"{kind} {size}" for kind in _FUSED for size in ("narrow", "large")),
-    ),
+    "spectral_conv": (*_FUSED, *(f"{kind} narrow" for kind in _FUSED)),
     "spectral_conv_weight_grad": _FUSED,
     "spectral_conv_mix": ("", "narrow"),
     "spectral_conv_weight_grad_planes": ("",),

@@ -151,11 +151,7 @@ def _plan(
     scale_length = axes.T if adjoint else n
     kind = fused_class(table, "spectral_conv", method, axes.T, n, K)
     common = device, table, axes, weight, adjoint, n, scale_length, method, epilogue
-    kernels: Fused | Planar
-    if kind is None:
-        kernels = plan_planar(*common)
-    else:
-        kernels = _plan_fused(kind, *common, signs=save_positive)
+    kernels = plan_planar(*common) if kind is None else _plan_fused(kind, *common)
     return Plan(y_shape, y_strides, positive, copy_x, copy_residual, kernels)
 
 
@@ -181,13 +177,11 @@ def _plan_fused(
     scale_length: int,
     method: str,
     epilogue: Mapping[str, Any],
-    *,
-    signs: bool,
 ) -> Fused:
     I, O, K = axes.C, weight[0][0 if adjoint else 1], weight[0][2]
     pixels = launch.padded_pixels(axes.P)
     rows = axes.B * pixels
-    config, packed = choose_row(table, "spectral_conv", method, kind, rows, O, signs=signs)
+    config, packed = choose_row(table, "spectral_conv", method, kind, rows, O)
     block_p, block_i, block_o = launch.blocks((rows, I, O), config)
     read = plan_weight(device, weight, adjoint, method, block_i, block_o, packed)
     packing, pack = read.packing, None
@@ -210,6 +204,7 @@ def _plan_fused(
         O=O,
         P=axes.P,
         padded_pixels=pixels,
+        pixel_groups=pixels // 8,
         **launch.named_strides("x", axes),
         **read.arguments,
         **epilogue,

@@ -94,7 +94,7 @@ def self_conjugate(k, T, N):
 @triton.jit
 def truncated_rfft_kernel(
     x_ptr, x_positive_ptr, weight_ptr, table_ptr, spectrum_ptr, packed_ptr,
-    B, C, P, rows, padded_pixels, T, K, negative_slope,
+    B, C, P, rows, padded_pixels, pixel_groups, T, K, negative_slope,
     stride_xb, stride_xt, stride_xc, stride_xp,
     stride_sb, stride_sk, stride_sc, stride_sp, stride_part,
     weight_i, weight_o, padded_in, padded_out, stride_wi, stride_wo, stride_wk, stride_wc,
@@ -117,9 +117,10 @@ def truncated_rfft_kernel(
             return
         pid -= packs
     tiles_m = tl.cdiv(2 * K, BLOCK_M)
-    start = pid // tiles_m * BLOCK_R
+    tile_r = pid // tiles_m
+    width: tl.constexpr = padded_pixels.dtype
     m = (pid % tiles_m).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
-    c, b, p = channel_rows(start, rows, padded_pixels, BLOCK_R, 1)
+    c, b, p = channel_rows(tile_r * BLOCK_R, rows, padded_pixels, width, BLOCK_R)
     x_rows = c * stride_xc + b * stride_xb + p * stride_xp
     inside = (c < C) & (b < B) & (p < P)
     acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
@@ -130,9 +131,11 @@ def truncated_rfft_kernel(
         offsets = x_rows[:, None] + (t64 * stride_xt)[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if x_positive_ptr is not None:
-            gc, gb, gp = channel_rows(start, rows, padded_pixels, BLOCK_R // 8, 8)
+            gc, gb, group = channel_rows(
+                tile_r * (BLOCK_R // 8), rows // 8, pixel_groups, width, BLOCK_R // 8
+            )
             lines = (gb[:, None] * T + t64[None, :]) * C + gc[:, None]
-            place = lines * (padded_pixels // 8) + (gp // 8)[:, None]
+            place = lines * pixel_groups + group[:, None]
             groups = ((gc < C) & (gb < B))[:, None] & (t < T)[None, :]
             x *= load_slope(x_positive_ptr + place, groups, negative_slope, BLOCK_R, BLOCK_T)
         matrix = load_twiddles(
@@ -230,7 +233,7 @@ def spectral_conv_mix_kernel(
 @triton.jit
 def truncated_irfft_kernel(
     spectrum_ptr, table_ptr, bias_ptr, residual_ptr, y_ptr, y_positive_ptr,
-    B, C, P, rows, padded_pixels, N, K, scale_length, negative_slope,
+    B, C, P, rows, padded_pixels, pixel_groups, N, K, scale_length, negative_slope,
     stride_sb, stride_sk, stride_sc, stride_sp, stride_part,
     stride_rb, stride_rt, stride_rc, stride_rp,
     stride_yb, stride_yt, stride_yc, stride_yp,
@@ -240,10 +243,11 @@ def truncated_irfft_kernel(
     """h_t = sum_k alpha_k / scale_length Re(Y_k exp(2 pi i k t / N)), then the epilogue."""
     pid = tl.program_id(0).to(tl.int64)
     tiles_t = tl.cdiv(N, BLOCK_T)
-    start = pid // tiles_t * BLOCK_R
+    tile_r = pid // tiles_t
+    width: tl.constexpr = padded_pixels.dtype
     t = (pid % tiles_t).to(tl.int32) * BLOCK_T + tl.arange(0, BLOCK_T)
     t64 = t.to(tl.int64)
-    c, b, p = channel_rows(start, rows, padded_pixels, BLOCK_R, 1)
+    c, b, p = channel_rows(tile_r * BLOCK_R, rows, padded_pixels, width, BLOCK_R)
     inside = (c < C) & (b < B) & (p < P)
     rows_of_spectrum = spectrum_ptr + (c * stride_sc + b * stride_sb + p * stride_sp)[:, None]
     h = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
@@ -279,9 +283,11 @@ def truncated_irfft_kernel(
     if bias_ptr is not None:
         h += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[:, None]
     if y_positive_ptr is not None:
-        gc, gb, gp = channel_rows(start, rows, padded_pixels, BLOCK_R // 8, 8)
+        gc, gb, group = channel_rows(
+            tile_r * (BLOCK_R // 8), rows // 8, pixel_groups, width, BLOCK_R // 8
+        )
         lines = (gb[:, None] * N + t64[None, :]) * C + gc[:, None]
-        place = lines * (padded_pixels // 8) + (gp // 8)[:, None]
+        place = lines * pixel_groups + group[:, None]
         groups = ((gc < C) & (gb < B))[:, None] & (t < N)[None, :]
         tl.store(y_positive_ptr + place, pack_bits((h > 0) & mask, BLOCK_R, BLOCK_T), mask=groups)
     if ACTIVATION:

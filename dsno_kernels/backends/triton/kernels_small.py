@@ -131,7 +131,7 @@ def coefficient(xs, k: tl.constexpr, IMAG: tl.constexpr, T: tl.constexpr, METHOD
 
 @triton.jit
 def load_slices(
-    x_ptr, positive_ptr, b, p, group_b, group_p, c, B, C, P, padded_pixels, negative_slope,
+    x_ptr, positive_ptr, b, p, group_b, group, c, B, C, P, pixel_groups, negative_slope,
     stride_b, stride_t, stride_c, stride_p,
     T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +143,7 @@ def load_slices(
         x = tl.load(x_ptr + offsets + wide(t) * stride_t, mask=mask, other=0.0).to(tl.float32)
         if positive_ptr is not None:
             lines = (group_b * T + t)[:, None] * C + c[None, :]
-            place = lines * (padded_pixels // 8) + (group_p // 8)[:, None]
+            place = lines * pixel_groups + group[:, None]
             inside = (group_b < B)[:, None] & (c < C)[None, :]
             x *= load_slope(positive_ptr + place, inside, negative_slope, BLOCK_P, BLOCK_C)
         xs += (x,)
@@ -153,7 +153,7 @@ def load_slices(
 @triton.jit
 def spectral_conv_kernel(
     x_ptr, x_positive_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, y_positive_ptr,
-    B, I, O, P, padded_pixels, negative_slope,
+    B, I, O, P, padded_pixels, pixel_groups, negative_slope,
     stride_xb, stride_xt, stride_xc, stride_xp,
     stride_wi, stride_wo, stride_wk, stride_wc,
     stride_rb, stride_rt, stride_rc, stride_rp,
@@ -166,10 +166,11 @@ def spectral_conv_kernel(
     pid = tl.program_id(0).to(tl.int64)
     # Neighbors share their pixels, so that x comes from L2 for all but the first of them.
     tiles_o = tl.cdiv(O, BLOCK_O)
-    start = pid // tiles_o * BLOCK_P
+    tile_p = pid // tiles_o
     o = pid % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    b, p = pixel_rows(start, padded_pixels, BLOCK_P, 1)
-    group_b, group_p = pixel_rows(start, padded_pixels, BLOCK_P // 8, 8)
+    width: tl.constexpr = padded_pixels.dtype
+    b, p = pixel_rows(tile_p * BLOCK_P, padded_pixels, width, BLOCK_P)
+    group_b, group = pixel_rows(tile_p * (BLOCK_P // 8), pixel_groups, width, BLOCK_P // 8)
 
     accs = ()
     for k in tl.static_range(K):
@@ -180,8 +181,8 @@ def spectral_conv_kernel(
         i = first + tl.arange(0, BLOCK_I)
         tile, w_mask = weight_tile(weight_ptr, i, o, I, O, stride_wi, stride_wo, ADJOINT)
         xs = load_slices(
-            x_ptr, x_positive_ptr, b, p, group_b, group_p, i.to(tl.int64), B, I, P,
-            padded_pixels, negative_slope,
+            x_ptr, x_positive_ptr, b, p, group_b, group, i.to(tl.int64), B, I, P,
+            pixel_groups, negative_slope,
             stride_xb, stride_xt, stride_xc, stride_xp, T, BLOCK_P, BLOCK_I,
         )  # fmt: skip
         sums = ()
@@ -210,8 +211,6 @@ def spectral_conv_kernel(
         accs = sums
 
     mask = ((b < B) & (p < P))[:, None] & (o < O)[None, :]
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
     for t in tl.static_range(N):
         h = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
         for k in tl.static_range(K):
@@ -220,10 +219,11 @@ def spectral_conv_kernel(
                     h, accs[first_coefficient(k) + imag], synthesis(k, imag, t, N, SCALE_LENGTH)
                 )
         if bias_ptr is not None:
-            h += bias
+            # Loaded again at each time: it would keep registers that the tiles need.
+            h += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
         if y_positive_ptr is not None:
             lines = (group_b * N + t)[:, None] * O + o[None, :]
-            place = lines * (padded_pixels // 8) + (group_p // 8)[:, None]
+            place = lines * pixel_groups + group[:, None]
             inside = (group_b < B)[:, None] & (o < O)[None, :]
             tl.store(
                 y_positive_ptr + place, pack_bits((h > 0) & mask, BLOCK_P, BLOCK_O), mask=inside

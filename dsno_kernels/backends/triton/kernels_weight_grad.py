@@ -48,8 +48,8 @@ def sum_parts(k, T, N):
 
 @triton.jit
 def spectral_conv_weight_grad_kernel(
-    x_ptr, grad_ptr, grad_positive_ptr, partial_ptr, B, I, O, P, padded_pixels, rows,
-    rows_per_split, negative_slope,
+    x_ptr, grad_ptr, grad_positive_ptr, partial_ptr, B, I, O, P, padded_pixels,
+    pixel_groups, rows, rows_per_split, negative_slope,
     stride_xb, stride_xt, stride_xc, stride_xp,
     stride_gb, stride_gt, stride_gc, stride_gp,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, METHOD: tl.constexpr,
@@ -63,19 +63,22 @@ def spectral_conv_weight_grad_kernel(
     i = pid // tiles_o % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
     part = pid // (tiles_o * tiles_i)
     begin = part * rows_per_split
+    width: tl.constexpr = padded_pixels.dtype
     sums = ()
     for k in tl.static_range(K):
         for _ in tl.static_range(sum_parts(k, T, N)):
             sums += (tl.zeros((BLOCK_I, BLOCK_O), tl.float32),)
     for step in range(0, rows_per_split, BLOCK_R):
-        b, p = pixel_rows(begin + step, padded_pixels, BLOCK_R, 1)
-        group_b, group_p = pixel_rows(begin + step, padded_pixels, BLOCK_R // 8, 8)
+        start = begin + step
+        b, p = pixel_rows(start, padded_pixels, width, BLOCK_R)
+        group_b, group = pixel_rows(start // 8, pixel_groups, width, BLOCK_R // 8)
         xs = load_slices(
-            x_ptr, None, b, p, group_b, group_p, i, B, I, P, padded_pixels, negative_slope,
+            x_ptr, None, b, p, group_b, group, i, B, I, P, pixel_groups, negative_slope,
             stride_xb, stride_xt, stride_xc, stride_xp, T, BLOCK_R, BLOCK_I,
         )  # fmt: skip
         gs = load_slices(
-    grad_ptr, grad_positive_ptr, b, p, group_b, group_p, o, B, O, P, padded_pixels, negative_slope,
+            grad_ptr, grad_positive_ptr, b, p, group_b, group, o, B, O, P, pixel_groups,
+            negative_slope,
             stride_gb, stride_gt, stride_gc, stride_gp, N, BLOCK_R, BLOCK_O,
         )  # fmt: skip
         added = ()

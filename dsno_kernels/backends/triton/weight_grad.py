@@ -124,6 +124,7 @@ def _plan(
             B=x_axes.B,
             P=x_axes.P,
             padded_pixels=pixels,
+            pixel_groups=pixels // 8,
             negative_slope=slope,
             T=T,
             N=n,

@@ -55,21 +55,18 @@ def choose_row(
     O: int,
     *,
     planes: int = 1,
-    signs: bool = False,
 ) -> tuple[Config, bool]:
     """The row of the table that serves a problem, and whether to pack the weight for it.
 
-    Large tiles, where the table has them, cannot write `signs`. Where large or wide tiles take more
-    than one wave, programs read the weight again and again: it is worth rounding and packing it
-    once, by a launch or beside a transform. Tiles that all run at once read it as it is, but for
-    those of class "8", whose registers are full. This is a model: it is not measured.
+    Where wide tiles take more than one wave, programs read the weight again and again: it is worth
+    rounding and packing it once, by a launch or beside a transform. Tiles that all run at once read
+    it as it is, but for those of class "8", whose registers are full. This is a model: it is not
+    measured.
     """
-    for size in (kind,) if signs else (f"{kind} large", kind):
-        if (kernel, method, size) in table.rows:
-            config = table.rows[kernel, method, size]
-            programs = launch.cdiv(rows, config.tile[0]) * launch.cdiv(O, config.tile[2]) * planes
-            if programs > table.multiprocessors:
-                return config, True
+    config = table.rows[kernel, method, kind]
+    programs = launch.cdiv(rows, config.tile[0]) * launch.cdiv(O, config.tile[2]) * planes
+    if programs > table.multiprocessors:
+        return config, True
     return table.rows[kernel, method, f"{kind} narrow".strip()], kind == "8"
 
 

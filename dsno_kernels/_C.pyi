@@ -39,6 +39,19 @@ def cpu_spectral_conv_weight_grad(
     threads: int,
     /,
 ) -> None: ...
+def cpu_spectral_conv_backward(
+    sizes: tuple[int, ...],
+    x: tuple[int, ...],
+    grad: tuple[int, ...],
+    weight: tuple[int, ...],
+    grad_x: tuple[int, ...],
+    out: int,
+    grad_positive: int,
+    negative_slope: float,
+    precision: int,
+    threads: int,
+    /,
+) -> None: ...
 def cpu_truncated_rfft(
     sizes: tuple[int, ...],
     x: tuple[int, ...],

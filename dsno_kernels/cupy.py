@@ -185,6 +185,7 @@ def _array(tensor: Tensor) -> cupy.ndarray:
 
 
 spectral_conv = _lifted(functional.spectral_conv)
+spectral_conv_backward = _lifted(functional.spectral_conv_backward)
 spectral_conv_weight_grad = _lifted(functional.spectral_conv_weight_grad)
 truncated_rfft = _lifted(functional.truncated_rfft)
 truncated_irfft = _lifted(functional.truncated_irfft)

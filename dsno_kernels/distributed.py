@@ -41,6 +41,7 @@ from torch.distributed.tensor.placement_types import Placement
 from dsno_kernels import _layout
 from dsno_kernels.ops import group_norm_silu as _norm
 from dsno_kernels.ops import spectral_conv as _conv
+from dsno_kernels.ops import spectral_conv_backward as _backward
 from dsno_kernels.ops import spectral_conv_weight_grad as _weight_grad
 
 __all__: list[str] = []
@@ -147,6 +148,39 @@ def _spectral_conv_weight_grad(
     return options
 
 
+def _spectral_conv_backward(
+    x: Any,
+    grad_output: Any,
+    weight: Any,
+    time_dim: int,
+    channel_dim: int,
+    grad_positive: Any,
+    negative_slope: float | None,
+    precision: str,
+    backend: str,
+) -> list[Option]:
+    def option(
+        grads: tuple[Placement, Placement],
+        x: Placement,
+        grad_output: Placement,
+        weight: Placement,
+        bits: Placement = Replicate(),  # noqa: B008
+    ) -> Option:
+        arguments = [x, grad_output, weight, None, None, _given(grad_positive, bits)]
+        return [*grads], [*arguments, *[None] * 3]
+
+    replicated, channels = Replicate(), Shard(channel_dim)
+    options = [option((replicated, replicated), replicated, replicated, replicated)]
+    for axis in _pointwise_axes(x.ndim, time_dim, channel_dim):
+        place, bits = Shard(axis), _axis_of_bits(x, axis, time_dim, channel_dim)
+        if grad_positive is None or bits is not None:
+            options.append(option((place, Partial()), place, place, replicated, Shard(bits or 0)))
+    bits_channels = Shard(BITS_CHANNELS)
+    options.append(option((channels, Shard(0)), channels, replicated, Shard(0)))
+    options.append(option((Partial(), Shard(1)), replicated, channels, Shard(1), bits_channels))
+    return options
+
+
 def _group_norm_silu(
     x: Any,
     groups: int,
@@ -191,6 +225,7 @@ def _group_norm_silu_backward(
 
 _RULES: dict[torch._ops.OpOverload, Callable[..., list[Option]]] = {
     _conv.op: _spectral_conv,
+    _backward.op: _spectral_conv_backward,
     _weight_grad.op: _spectral_conv_weight_grad,
     _norm.op: _group_norm_silu,
     _norm.backward_op: _group_norm_silu_backward,

@@ -68,6 +68,17 @@ def _gradient_mode_dropped(
     return grad
 
 
+def _one_zero(place: int) -> Callable[..., Any]:
+    """Both gradients at once, one of them zero."""
+
+    def defect(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        grads = list(run(*args, **options))
+        grads[place] = grads[place] * 0.0
+        return tuple(grads)
+
+    return defect
+
+
 def _spectrum_conjugated(run: Callable[..., Any], x: Tensor, modes: int, **options: Any) -> Any:
     return run(x, modes, **options) * torch.tensor([1.0, -1.0])
 
@@ -87,11 +98,18 @@ MUTATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "gradient_conjugated": ("spectral_conv_weight_grad", _gradient_conjugated),
     "gradient_mode_dropped": ("spectral_conv_weight_grad", _gradient_mode_dropped),
     "gradient_length_factor_missing": ("spectral_conv_weight_grad", _length_factor_missing),
+    "zero_dx_of_both": ("spectral_conv_backward", _one_zero(0)),
+    "zero_dW_of_both": ("spectral_conv_backward", _one_zero(1)),
     "zero_spectrum": ("truncated_rfft", _zero_output),
     "spectrum_conjugated": ("truncated_rfft", _spectrum_conjugated),
     "zero_inverse": ("truncated_irfft", _zero_output),
     "inverse_unscaled": ("truncated_irfft", _inverse_unscaled),
 }
+
+
+def can_plant(backend: str, name: str) -> bool:
+    """Whether the backend has the op itself."""
+    return hasattr(backends._module(backend), MUTATIONS[name][0])
 
 
 def plant(backend: str, name: str) -> None:

@@ -78,6 +78,8 @@ struct Kernels {
     const char* name;
     bool (*spectral_conv)(const ConvArgs&);
     bool (*spectral_conv_weight_grad)(const WeightGradArgs&);
+    // `conv` is the adjoint, from the gradient of y to that of x.
+    bool (*spectral_conv_backward)(const ConvArgs& conv, const WeightGradArgs& grad);
     bool (*truncated_rfft)(const TransformArgs&);
     bool (*truncated_irfft)(const TransformArgs&);
     bool (*exp_step)(const ExpStepArgs&);

@@ -35,6 +35,11 @@ class Request(NamedTuple):
     precision: str = "fp32"
     length: int = 0  # of the longest transform; 0 where it is not known
     modes: int = 0
+    channels: int = 0  # the most of an operand; 0 where it is not known
+
+
+# Ops that are two others in one pass: a backend that cannot do that for a request runs the two.
+PARTS = {"spectral_conv_backward": ("spectral_conv", "spectral_conv_weight_grad")}
 
 
 def order(request: Request) -> tuple[str, ...]:
@@ -110,7 +115,17 @@ def _lacks(op: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def unsupported(name: str, request: Request) -> str | None:
-    """Why a backend cannot serve a request; None where it can."""
+    """Why a backend cannot serve a request; None where it can, be it in parts."""
+    reason = _not_whole(name, request)
+    if reason is None or request.op not in PARTS:
+        return reason
+    reasons = (_not_whole(name, request._replace(op=part)) for part in PARTS[request.op])
+    return next((reason for reason in reasons if reason), None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _not_whole(name: str, request: Request) -> str | None:
+    """Why a backend cannot serve a request by one function of its own."""
     try:
         module = _module(name)
     except ModuleNotFoundError as error:
@@ -183,6 +198,13 @@ def select(name: str, request: Request) -> ModuleType:
     return _select(name, request)
 
 
+def select_whole(name: str, request: Request) -> ModuleType | None:
+    """As `select`, for an op of `PARTS`; None where the backend runs it in parts."""
+    module = select(name, request)
+    chosen = module.__name__.rpartition(".")[2]
+    return module if _not_whole(chosen, request) is None else None
+
+
 def explain_call(run: Callable[[], object]) -> str:
     """What `explain_request` says of the first op that `run` would call; the op does not run."""
     _state.explaining = True
@@ -211,5 +233,8 @@ def explain_request(request: Request, forced_name: str = "") -> str:
         reason = unsupported(name, request)
         if reason is None:
             reason = "runs" if name == chosen else "could run"
+            apart = _not_whole(name, request)
+            if apart:
+                reason += f", as {' and '.join(PARTS[request.op])}: {apart}"
         lines.append(f"  {'->' if name == chosen else '  '} {name:<9} {reason}")
     return "\n".join(lines)

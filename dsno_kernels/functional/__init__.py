@@ -18,7 +18,11 @@ from dsno_kernels.functional.dynamic_threshold import dynamic_threshold
 from dsno_kernels.functional.exp_step import exp_step
 from dsno_kernels.functional.group_norm_silu import group_norm_silu
 from dsno_kernels.functional.solver_step import SolverStep, solver_step
-from dsno_kernels.functional.spectral_conv import spectral_conv, spectral_conv_weight_grad
+from dsno_kernels.functional.spectral_conv import (
+    spectral_conv,
+    spectral_conv_backward,
+    spectral_conv_weight_grad,
+)
 from dsno_kernels.functional.truncated_fft import truncated_irfft, truncated_rfft
 
 __all__ = [
@@ -32,6 +36,7 @@ __all__ = [
     "noised",
     "solver_step",
     "spectral_conv",
+    "spectral_conv_backward",
     "spectral_conv_weight_grad",
     "truncated_irfft",
     "truncated_rfft",
@@ -40,6 +45,7 @@ __all__ = [
 # Every op with a choice of backends, by name.
 OPS: dict[str, Callable[..., Any]] = {
     "spectral_conv": spectral_conv,
+    "spectral_conv_backward": spectral_conv_backward,
     "spectral_conv_weight_grad": spectral_conv_weight_grad,
     "truncated_rfft": truncated_rfft,
     "truncated_irfft": truncated_irfft,

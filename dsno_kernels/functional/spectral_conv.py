@@ -1,4 +1,4 @@
-"""`spectral_conv` and its weight gradient: what they accept, what they promise, and every check."""
+"""`spectral_conv` and its gradients: what they accept, what they promise, and every check."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from dsno_kernels import precision as precisions
 from dsno_kernels.functional import checks
 from dsno_kernels.ops import spectral_conv as _conv
+from dsno_kernels.ops import spectral_conv_backward as _backward
 from dsno_kernels.ops import spectral_conv_weight_grad as _weight_grad
 
 
@@ -156,17 +157,7 @@ def spectral_conv_weight_grad(
         torch.Size([8, 3, 2, 2])
     """
     time_dim, channel_dim = checks.axes("x", x, time_dim, channel_dim)
-    checks.real("grad_output", grad_output)
-    expected = list(x.shape)
-    if grad_output.ndim == x.ndim:
-        expected[time_dim] = grad_output.shape[time_dim]
-        expected[channel_dim] = grad_output.shape[channel_dim]
-    if list(grad_output.shape) != expected:
-        raise ValueError(
-            f"grad_output must have the shape of x, {tuple(x.shape)}, but for its time and channel"
-            f" axes; got {tuple(grad_output.shape)}"
-        )
-    n = checks.length(grad_output.shape[time_dim])
+    n = _check_gradient(x, grad_output, time_dim, channel_dim)
     checks.modes(modes, x.shape[time_dim], n)
     if grad_output.shape[channel_dim] == 0:
         raise ValueError("grad_output must have at least one channel, got 0")
@@ -179,3 +170,75 @@ def spectral_conv_weight_grad(
     }
     name = checks.backend(backend)
     return _weight_grad.differentiable_weight_grad(x, grad_output, modes, backend=name, **options)
+
+
+def spectral_conv_backward(
+    x: Tensor,
+    grad_output: Tensor,
+    weight: Tensor,
+    *,
+    time_dim: int = 1,
+    channel_dim: int = 2,
+    precision: str | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Gradients of :func:`spectral_conv` with respect to x and to its weight, in one pass.
+
+    What its backward runs. Differentiable in all three, to any order; a backend that has no kernel
+    for both runs one for each (``dk.explain`` tells).
+
+    Args:
+        x: the input of the convolution, ``(.., T, .., I, ..)``.
+        grad_output: the gradient g of its output, the shape of x with T -> n and I -> O.
+        weight: ``(I, O, K, 2)``.
+        time_dim, channel_dim, precision, backend: as in :func:`spectral_conv`.
+
+    Returns:
+        dx, of the shape and dtype of x, and dW, as :func:`spectral_conv_weight_grad` returns it.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as in :func:`spectral_conv`.
+
+    Example:
+        >>> x, g, weight = torch.randn(2, 4, 8, 5), torch.randn(2, 4, 3, 5), torch.randn(8, 3, 2, 2)
+        >>> dx, dW = dk.spectral_conv_backward(x, g, weight)
+    """
+    time_dim, channel_dim = checks.axes("x", x, time_dim, channel_dim)
+    n = _check_gradient(x, grad_output, time_dim, channel_dim)
+    checks.weight(weight, x.shape[channel_dim], x.shape[time_dim], n)
+    if grad_output.shape[channel_dim] != weight.shape[1]:
+        raise ValueError(
+            f"grad_output has {grad_output.shape[channel_dim]} channels (axis channel_dim) but"
+            f" weight {tuple(weight.shape)} has {weight.shape[1]} output channels"
+        )
+    checks.same_device({"x": x, "grad_output": grad_output, "weight": weight})
+    dtype = torch.promote_types(x.dtype, grad_output.dtype)
+    precision = precisions.choose(precision, dtype)
+    name = checks.backend(backend)
+    compute = precisions.compute_dtype(torch.promote_types(dtype, weight.dtype))
+    if weight.dtype != compute:
+        weight = weight.to(compute)
+    return _backward.differentiable_backward(
+        x,
+        grad_output,
+        weight,
+        time_dim=time_dim,
+        channel_dim=channel_dim,
+        precision=precision,
+        backend=name,
+    )
+
+
+def _check_gradient(x: Tensor, grad_output: Tensor, time_dim: int, channel_dim: int) -> int:
+    """Checks a gradient of y against x; returns n."""
+    checks.real("grad_output", grad_output)
+    expected = list(x.shape)
+    if grad_output.ndim == x.ndim:
+        expected[time_dim] = grad_output.shape[time_dim]
+        expected[channel_dim] = grad_output.shape[channel_dim]
+    if list(grad_output.shape) != expected:
+        raise ValueError(
+            f"grad_output must have the shape of x, {tuple(x.shape)}, but for its time and channel"
+            f" axes; got {tuple(grad_output.shape)}"
+        )
+    return checks.length(grad_output.shape[time_dim])

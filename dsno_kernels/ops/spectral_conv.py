@@ -6,7 +6,8 @@ All derivatives come from one trilinear form, tau(x, W, g) = <g, S(x, W)>:
     S*(g, W)  = d tau / d x    spectral_conv with adjoint=True
     D(x, g)   = d tau / d W    spectral_conv_weight_grad
 
-so the derivatives of each of the three are the other two.
+so the derivatives of each of the three are the other two. Where both S* and D are wanted, in the
+backward pass, they are one op (ops/spectral_conv_backward.py).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The two ops are each other's derivatives, so each file needs the other's module (at call time
-# only).
+# The ops are each other's derivatives, so each file needs the others' modules (at call time only).
+import dsno_kernels.ops.spectral_conv_backward as both
 import dsno_kernels.ops.spectral_conv_weight_grad as weight_grad
 from dsno_kernels import _layout
 from dsno_kernels import precision as precisions
@@ -25,7 +26,7 @@ from dsno_kernels.backends import Request, reference, select
 from dsno_kernels.ops import define, distinct, on_reference, under_transform
 
 
-def _run(
+def run(
     x: Tensor,
     weight: Tensor,
     time_dim: int,
@@ -107,7 +108,7 @@ op = define(
     "spectral_conv(Tensor x, Tensor weight, int time_dim, int channel_dim, SymInt n, bool adjoint,"
     " Tensor? bias, Tensor? residual, float? negative_slope, ScalarType out_dtype,"
     " bool save_positive, Tensor? x_positive, str precision, str backend) -> (Tensor, Tensor)",
-    _run,
+    run,
     _fake,
 )
 
@@ -172,7 +173,20 @@ class SpectralConvFunction(torch.autograd.Function):
             else:
                 slope = ctx.negative_slope
         grad_x = grad_weight = grad_bias = grad_residual = None
-        if ctx.needs_input_grad[0]:
+        if all(ctx.needs_input_grad[:2]) and not ctx.adjoint and not under_transform():
+            grad_x, grad_weight = both.differentiable_backward(
+                x,
+                g,
+                weight,
+                time_dim=time_dim,
+                channel_dim=channel_dim,
+                grad_positive=positive,
+                negative_slope=slope,
+                precision=ctx.precision,
+                backend=ctx.backend,
+            )
+            grad_weight = grad_weight.to(weight.dtype)
+        elif ctx.needs_input_grad[0]:
             grad_x = differentiable_spectral_conv(
                 g,
                 weight,
@@ -186,7 +200,7 @@ class SpectralConvFunction(torch.autograd.Function):
                 precision=ctx.precision,
                 backend=ctx.backend,
             )
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and grad_weight is None:
             first, second = (g, x) if ctx.adjoint else (x, g)
             grad_weight = weight_grad.differentiable_weight_grad(
                 first,

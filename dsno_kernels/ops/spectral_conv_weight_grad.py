@@ -15,7 +15,7 @@ from dsno_kernels.backends import Request, reference, select
 from dsno_kernels.ops import define, distinct, on_reference, under_transform
 
 
-def _run(
+def run(
     x: Tensor,
     grad_output: Tensor,
     modes: int,
@@ -76,7 +76,7 @@ op = define(
     "spectral_conv_weight_grad(Tensor x, Tensor grad_output, SymInt modes, int time_dim,"
     " int channel_dim, Tensor? grad_positive, float? negative_slope, str precision, str backend)"
     " -> Tensor",
-    _run,
+    run,
     _fake,
 )
 

@@ -7,6 +7,7 @@ namespace DSNO_ISA {
 
 bool spectral_conv(const ConvArgs& args);
 bool spectral_conv_weight_grad(const WeightGradArgs& args);
+bool spectral_conv_backward(const ConvArgs& conv, const WeightGradArgs& grad);
 bool truncated_rfft(const TransformArgs& args);
 bool truncated_irfft(const TransformArgs& args);
 bool exp_step(const ExpStepArgs& args);

@@ -10,6 +10,7 @@ extern const Kernels kernels;
 const Kernels kernels = {DSNO_STRING(DSNO_ISA),
                          spectral_conv,
                          spectral_conv_weight_grad,
+                         spectral_conv_backward,
                          truncated_rfft,
                          truncated_irfft,
                          exp_step,

@@ -48,6 +48,12 @@ def limit(entry: Entry) -> str:
     return f" of {entry['baseline_seconds'] / entry['copy_seconds']:.1f}x"
 
 
+def own_time(seconds: float, in_kernel: float | None) -> str:
+    """Our time and, where it was measured, the part of it that the kernel takes."""
+    text = milliseconds(seconds)
+    return text if in_kernel is None else f"{text} ({milliseconds(in_kernel)})"
+
+
 def speedup(peers: dict[str, Entry], name: str, aims: bool, timed: bool = False) -> str:
     """The speed-up over a peer, whether it is what was aimed at, if not its limit, and first our
     time if `timed`.
@@ -55,7 +61,9 @@ def speedup(peers: dict[str, Entry], name: str, aims: bool, timed: bool = False)
     if name not in peers:
         return ""
     entry = peers[name]
-    text = f"{milliseconds(entry['seconds'])}, " * timed + f"{entry['ratio']:.1f}x"
+    text = f"{entry['ratio']:.1f}x"
+    if timed:
+        text = f"{own_time(entry['seconds'], entry.get('kernel_seconds'))}, {text}"
     aimed = aims and name in AIMS and not (name == "torch.compile" and entry["guided"])
     if not aimed:
         return text
@@ -73,7 +81,9 @@ def step_table(found: Cases, on_gpu: bool, own_times: bool) -> str:
         if not own_times:
             share = middle(peers, "share_of_copy")
             aimed = not on_gpu and shape == COPY_SHAPE
-            row.append(milliseconds(middle(peers, "seconds")))
+            measured = all("kernel_seconds" in entry for entry in peers.values())
+            in_kernel = middle(peers, "kernel_seconds") if measured else None
+            row.append(own_time(middle(peers, "seconds"), in_kernel))
             row.append(judged(f"{share:.0%}", share >= COPY_AIM) if aimed else f"{share:.0%}")
         rows.append(row + [speedup(peers, name, not on_gpu, own_times) for name in names])
     head = ["shape", "step", *([] if on_gpu else ["threads"])]
@@ -149,13 +159,19 @@ def parts(result: Result, op: str) -> list[str]:
 
 
 def limits(results: list[Result]) -> str:
-    """What the text below the tables says of limits; aims, and so they, are those of a CPU."""
+    """What the text below the tables says of kernels and limits; both are those of a CPU."""
     if all(result.machine["device"] == "cuda" for result in results):
         return ""
-    return (
+    text = (
         " Beside a missed aim stands its limit: the speed-up over the same peer of a copy that"
         " reads and writes as many bytes in all as our step, timed in turns with that peer."
     )
+    if any("kernel_seconds" in entry for result in results for entry in result.entries):
+        text = (
+            " In brackets the part of our time in the kernel; the rest is the host's, in caches"
+            " that the step's own tensors leave cold." + text
+        )
+    return text
 
 
 def exp_step(results: list[Result]) -> str:

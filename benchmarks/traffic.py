@@ -1,10 +1,14 @@
-"""What a call must move: the tensors it reads and writes, and how long a copy of as many takes."""
+"""What a call must move: the tensors it reads and writes, and how long a copy of as many takes; and
+how long the call is in a kernel.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -13,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import measure
 from benchmarks.events import Thunk
 from benchmarks.host_cuda import on_gpu
+from dsno_kernels.backends import cpu_steps
 
 ROUNDS = 25
 
@@ -77,6 +82,36 @@ def copy_seconds(moved: float, before: Thunk, device: torch.device) -> float:
     return statistics.median(times)
 
 
+class Clocked:
+    """A module whose functions are timed."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.seconds = module, 0.0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self.module, name)
+
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args)
+            self.seconds += time.perf_counter() - start
+            return result
+
+        return timed
+
+
+def kernel_seconds(call: Thunk, before: Thunk) -> float:
+    """The median time that a call, right after `before`, is in the CPU kernels of the steps."""
+    times = []
+    for _ in range(ROUNDS):
+        before()
+        clocked = Clocked(cpu_steps._C)
+        with mock.patch.object(cpu_steps, "_C", clocked):
+            call()
+        times.append(clocked.seconds)
+    return statistics.median(times)
+
+
 def beside(
     call: Thunk,
     baseline: Thunk,
@@ -91,11 +126,13 @@ def beside(
 
     Returns:
         `traffic` and `peer_traffic` in tensors of `like`'s size, `bytes` of the call,
-        `copy_seconds`.
+        `copy_seconds`; on the CPU `kernel_seconds` too, the call's time in the kernel.
     """
     own = of(call, like)
     moved = sum(own.values()) * like.numel() * like.element_size()
+    in_kernel = {} if on_gpu(device) else {"kernel_seconds": kernel_seconds(call, baseline)}
     return {
+        **in_kernel,
         "traffic": own,
         "peer_traffic": peer_traffic or of(baseline, like),
         "bytes": moved,

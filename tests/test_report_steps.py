@@ -78,6 +78,24 @@ def test_a_missed_aim_stands_beside_its_limit() -> None:
     ]
 
 
+def test_the_time_in_the_kernel_stands_in_brackets() -> None:
+    lines = rendered(
+        "exp_step",
+        "cpu",
+        entry("exp_step", "eager", 3.0, kernel_seconds=3e-4),
+        entry("exp_step", "torch.compile", 3.0, kernel_seconds=5e-4),
+        entry("exp_step", "eager", 3.0, guided=True, kernel_seconds=3e-4),
+        entry("exp_step", "torch.compile", 3.0, guided=True),
+    )
+    assert "| 1.00 ms (400 µs) | 90% |" in lines[4]
+    assert "| 1.00 ms | 90% |" in lines[5]  # an entry of before this was measured
+    assert "In brackets the part of our time in the kernel" in lines[-1]
+    lines = rendered(
+        "schedulers", "cpu", entry("scheduler", "diffusers DDIM", 4.0, kernel_seconds=1e-4)
+    )
+    assert lines[4].endswith("| 1.00 ms (100 µs), 4.0x |")
+
+
 def test_host_time_of_a_step_beside_its_aim() -> None:
     entries = [
         entry("exp_step_overhead", "eager", 2.0, seconds=24e-6, baseline_seconds=48e-6),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import dsno_kernels as dk
 from benchmarks import traffic
+from dsno_kernels.backends import cpu_steps
 
 CPU = torch.device("cpu")
 
@@ -37,5 +40,27 @@ def test_a_copy_of_as_many_bytes_is_timed_after_the_peer() -> None:
     x, calls = torch.randn(2, 3), []
     found = traffic.beside(lambda: x + x, lambda: calls.append(x * x * x), x, CPU)
     assert found["bytes"] == 2 * 24 and found["copy_seconds"] > 0
+    assert found["kernel_seconds"] == 0.0  # x + x is none of ours
     assert found["peer_traffic"] == {"read": 3.0, "written": 2.0}
-    assert len(calls) == 1 + traffic.ROUNDS
+    assert len(calls) == 1 + 2 * traffic.ROUNDS
+
+
+def test_the_time_in_the_kernel_is_a_part_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that the kernel moves by 2 and the rest of the call by 5."""
+    x, m = torch.randn(2, 2, 3).unbind(0)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(traffic.time, "perf_counter", lambda: clock.now)
+    before: list[int] = []
+
+    def passes(seconds: float) -> None:
+        clock.now += seconds
+
+    kernels = SimpleNamespace(cpu_exp_step=lambda *_: passes(2.0))
+    monkeypatch.setattr(cpu_steps, "_C", kernels)
+
+    def call() -> None:
+        passes(5.0)
+        dk.exp_step(x, [m], [1.0, 0.5], backend="cpu")
+
+    assert traffic.kernel_seconds(call, lambda: before.append(1)) == 2.0
+    assert len(before) == traffic.ROUNDS and cpu_steps._C is kernels

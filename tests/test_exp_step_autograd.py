@@ -78,6 +78,20 @@ def test_gradients_of_the_kernels(isa: str, name: str, dtype: torch.dtype) -> No
         assert_close(grad, expected, STEP if grad.dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("name", ["row", "rows"])
+def test_large_gradients_are_streamed_right(isa: str, name: str) -> None:  # noqa: F811
+    coefficients = coefficient_forms(torch.float32)[name][0].requires_grad_()
+    tensors = inputs(torch.float32, (B, 2, 400, 450))
+    g = torch.randn(B, 2, 400, 450)
+    assert g.numel() * 4 > 4 << 20  # past the size of streamed outputs
+    y = dk.exp_step(tensors[0], tensors[1:], coefficients, backend="cpu")
+    leaves = (coefficients, *tensors)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    wanted = torch.autograd.grad(formula(wide[1:], wide[0]), wide, g.double())
+    for grad, expected in zip(torch.autograd.grad(y, leaves, g), wanted, strict=True):
+        assert_close(grad, expected, STEP)
+
+
 @pytest.mark.parametrize("backend", STEP_BACKENDS)
 def test_dot_products_over_long_samples_lose_nothing(backend: str) -> None:
     """2^20 products of ones: a float32 sum in one chain would stall at 2^24 times an ulp."""

@@ -1,4 +1,6 @@
 // exp_step and its gradients: one pass over memory.
+#include <numeric>
+
 #include "../parallel.h"
 #include "isa.h"
 #include "steps.h"
@@ -55,8 +57,9 @@ struct ExpStep {
     }
 };
 
-// <x, y> of a block: chains of kStepBlock / (4 lanes) float32 sums, then float64.
-static double dot_block(const float* x, const float* y, int64_t count) {
+// Adds <x, y> of a block to `total`, a lane each: chains of kStepBlock / (4 lanes) float32 sums,
+// then float64. Lanes meet at the end of a task only: adding them up takes longer than a block.
+static void add_dot(const float* x, const float* y, int64_t count, double* total) {
     Vec sums[4] = {zero(), zero(), zero(), zero()};
     int64_t i = 0;
     for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
@@ -69,26 +72,30 @@ static double dot_block(const float* x, const float* y, int64_t count) {
         sums[0] = fma(load_some(reinterpret_cast<const char*>(x + i), kFloat32, rest),
                       load_some(reinterpret_cast<const char*>(y + i), kFloat32, rest), sums[0]);
     }
-    float lanes[4 * kLanes];
-    for (int v = 0; v < 4; ++v) store(lanes + v * kLanes, sums[v]);
-    double sum = 0.0;
-    for (const float lane : lanes) sum += static_cast<double>(lane);
-    return sum;
+    alignas(64) float lanes[kLanes];
+    store(lanes, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (int lane = 0; lane < kLanes; ++lane) total[lane] += static_cast<double>(lanes[lane]);
 }
 
 struct ExpStepBackward {
     const ExpStepBackwardArgs& args;
     Chunks chunks;
     double* partial = nullptr;  // [task][terms]
+    bool streams[kMaxTerms], any_streams = false;
 
-    explicit ExpStepBackward(const ExpStepBackwardArgs& a) : args(a), chunks(a.size) {}
+    explicit ExpStepBackward(const ExpStepBackwardArgs& a) : args(a), chunks(a.size) {
+        for (int j = 0; j < a.terms; ++j) {
+            streams[j] = a.grad[j].data && can_stream(a.grad[j], a.samples, a.size);
+            any_streams = any_streams || streams[j];
+        }
+    }
 
     static void task(void* context, int64_t task, int) {
         const auto& self = *static_cast<const ExpStepBackward*>(context);
         const ExpStepBackwardArgs& a = self.args;
         const int64_t sample = self.chunks.sample(task), first = sample * a.size;
         Terms scaled[kMaxTerms];
-        double dots[kMaxTerms] = {};
+        alignas(64) double dots[kMaxTerms][kLanes] = {};
         for (int j = 0; j < a.terms; ++j) {
             if (a.grad[j].data) scaled[j].add(row_value(a.rows, sample, j), 0);
         }
@@ -100,20 +107,24 @@ struct ExpStepBackward {
             const float* g = read_block(a.g, first + i, count, g_buffer);
             for (int j = 0; j < a.terms; ++j) {
                 if (a.dots && a.term[j].data) {
-                    dots[j] += dot_block(g, read_block(a.term[j], first + i, count, buffer), count);
+                    add_dot(g, read_block(a.term[j], first + i, count, buffer), count, dots[j]);
                 }
                 if (!a.grad[j].data) continue;
                 if (a.grad[j].dtype == kFloat32) {
                     scaled[j].sum(&g, count,
-                                  reinterpret_cast<float*>(step_element(a.grad[j], first + i)));
+                                  reinterpret_cast<float*>(step_element(a.grad[j], first + i)),
+                                  self.streams[j]);
                 } else {
                     scaled[j].sum(&g, count, buffer);
                     write_block(a.grad[j], first + i, count, buffer);
                 }
             }
         }
+        if (self.any_streams) fence_streams();
         if (!a.dots) return;
-        for (int j = 0; j < a.terms; ++j) self.partial[task * a.terms + j] = dots[j];
+        for (int j = 0; j < a.terms; ++j) {
+            self.partial[task * a.terms + j] = std::accumulate(dots[j], dots[j] + kLanes, 0.0);
+        }
     }
 };
 

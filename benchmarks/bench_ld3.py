@@ -1,13 +1,19 @@
-"""Forward and backward of one step of DPM-Solver++(3M) whose coefficients are learned (LD3).
+"""LD3: forward and backward of one step of DPM-Solver++(3M) whose coefficients are learned, and the
+time to learn the grid of the toy of `tests/golden/ld3.npz`.
 
 The peers are the lines of LD3's official code, with the same numbers as leaves, in eager and in
 compiled PyTorch: what its autograd runs for x, three entries of history and the coefficients. Ours
 is one `exp_step` with its row of coefficients, made once from the grid for all steps, and one pass
 for all gradients. A peer's call comes right before each of ours, so that `ratio` is the speed-up.
+The five results of a step are fresh memory: `bench_exp_step` says what glibc makes of that, and how
+to keep it from giving freed memory back.
 """
 
 from __future__ import annotations
 
+import os
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +23,10 @@ from torch import Tensor
 
 import dsno_kernels as dk
 from benchmarks import measure
-from benchmarks.bench_exp_step import SHAPES, SMOKE, skip_unless_wanted, threads_set
+from benchmarks.bench_exp_step import MALLOC, SHAPES, SMOKE, skip_unless_wanted, threads_set
+from benchmarks.host_cuda import on_gpu
+from dsno_kernels.diffusion import EDM, learn_time_grid
+from tests import test_ld3_golden as toy
 from tests.helpers import rel_rms
 
 # Gradients of the coefficients are sums of 200,000 products in float32, in another order.
@@ -126,7 +135,33 @@ def test_learned_step(
             peer=peer,
             threads=threads,
             errors={"y, gradients": error},
+            malloc={name: os.environ.get(name, "default") for name in MALLOC},
             gbytes=rate / 1e9,
             share_of_copy=rate / measure.copy_rate(device),
             **timing,
         )
+
+
+def test_toy(benchmark: Any, device: torch.device, smoke: bool) -> None:
+    """The whole of `learn_time_grid`, from 50 pairs to the best grid."""
+    if on_gpu(device):
+        pytest.skip("its times are those of the CPU")
+    benchmark.group = "learned toy"
+    errors: list[float] = []
+    times: list[float] = []
+
+    def timed() -> None:
+        pairs = toy.pairs()
+        start = time.perf_counter()
+        grid = learn_time_grid(toy.TOY.denoise, EDM(), 5, *pairs)
+        times.append(time.perf_counter() - start)
+        errors.append(toy.held_out_error(grid.plan()))
+
+    benchmark.pedantic(timed, rounds=1 if smoke else 5)
+    assert max(errors) <= toy.TOY_AIM
+    benchmark.extra_info.update(
+        op="ld3_toy",
+        seconds=statistics.median(times),
+        threads=torch.get_num_threads(),
+        held_out=max(errors),
+    )

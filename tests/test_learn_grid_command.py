@@ -56,6 +56,7 @@ def test_grids_table_and_picture(
     grid = LearnedGrid.load(tmp_path / "dpmpp_2m-5.json")
     assert grid.loss == losses["learned"]["5"]
     assert grid.baselines == {name: losses[name]["5"] for name in problem.HAND_MADE}
+    assert len(grid.losses) == 16 and "stopped" not in grid.provenance
     assert few_digits.fingerprint() in grid.provenance["teacher"]
     process = grid.process
     model = diffusion.for_process(diffusion.ExactDenoiser(few_digits.images), process)
@@ -114,7 +115,7 @@ def test_an_interrupted_run_leaves_its_best_grids(
             if steps == 4 and i == 2:
                 raise KeyboardInterrupt
 
-        return original(model, process, steps, *args, callback=interrupt, **options)
+        return original(model, process, steps, *args, **options | {"callback": interrupt})
 
     monkeypatch.setattr(command, "learn_time_grid", stopped)
     assert learn(tmp_path, "--steps", 3, 4) == 130
@@ -127,8 +128,13 @@ def test_an_interrupted_run_leaves_its_best_grids(
     ("words", "text"),
     [
         (["--solver", "euclid"], "unknown solver 'euclid'"),
-        (["--solver", "sde_dpmpp_2"], "adds noise"),
-        (["--steps", "1"], "steps must be at least 2, got 1"),
+        (["--solver", "sde_dpmpp_2"], "--solver sde_dpmpp_2 adds noise"),
+        (["--steps", "5", "1"], "--steps must be at least 2, got 1"),
+        (
+            ["--steps", "3", "12"],
+            "--steps 12 needs a teacher that takes more: --teacher-steps is 12",
+        ),
+        (["--count", "1"], "--count must be at least 2, got 1"),
         (["--teacher", "gone.safetensors"], "gone.safetensors does not exist"),
         (["--data", "nowhere"], "--data nowhere does not exist"),
         (["--guidance", "2"], "--guidance needs classes"),
@@ -147,11 +153,36 @@ def test_bad_options_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(problem, "sample", None)  # found before the teacher is asked
     Path("file").touch()
     assert learn(tmp_path / "made", *words) == 2
     error = capsys.readouterr().err
     assert text in error and len(error.strip().splitlines()) == 1
     assert error.startswith("learn-grid: ")
+
+
+def test_two_noises_are_enough(few_digits: images.Images, tmp_path: Path) -> None:
+    words = ("--steps", 2, "--count", 2, "--held-out", 1, "--iterations", 2)
+    assert learn(tmp_path, *words) == 0
+    assert LearnedGrid.load(tmp_path / "dpmpp_3m-2.json").provenance["samples"] == 2
+
+
+def test_more_steps_than_the_costs_of_gits_have_by_default(
+    few_digits: images.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "GITS_STEPS", 3)
+    assert learn(tmp_path, "--steps", 5, "--iterations", 2) == 0
+
+
+def test_bars_show_the_teacher_and_each_grid(
+    few_digits: images.Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert learn(tmp_path, "--steps", 3, 4, "--batch", 8) == 0
+    bars = capsys.readouterr().err
+    # 4 and 3 batches on 12 steps, and the steps of the costs; the bar is there before the first.
+    total = 7 * 12 + problem.GITS_STEPS
+    assert f"teacher:   0%|          | 0/{total}" in bars and f"{total}/{total}" in bars
+    assert "3 steps:" in bars and "4 steps:" in bars
 
 
 def small_run(folder: Path) -> int:

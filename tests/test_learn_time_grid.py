@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dsno_kernels.diffusion import (
@@ -268,6 +269,21 @@ def test_processes_share_the_samples(tmp_path: Path) -> None:
     assert LearnedGrid.load(tmp_path / "grid.json").times == both[0]["times"]
     together = sum(one["provenance"]["evaluations"] for one in both)
     assert together == alone["provenance"]["evaluations"]
+
+
+def stopped_by_the_second() -> int:
+    """More processes than samples that judge, and a callback that ends in one process only."""
+    stop = dist.get_rank() == 1
+    grid = learn_time_grid(
+        *(Network(), VP, 3, starts(3)),
+        options=SHORT,
+        callback=lambda i, loss: stop and i == 1,
+    )
+    return len(grid.losses)
+
+
+def test_a_callback_in_one_process_ends_learning_in_all(tmp_path: Path) -> None:
+    assert ranks.run(stopped_by_the_second, tmp_path) == [2, 2]
 
 
 def test_the_mode_of_the_caller_does_not_matter() -> None:

@@ -16,9 +16,12 @@ from dsno_kernels.diffusion import (
     LearnedGrid,
     LearningOptions,
     SolverPlan,
+    VPLinear,
+    dmn_grid,
     learn_time_grid,
     sample,
     time_grid,
+    trajectory_costs,
 )
 from tests.learning_problems import SHORT, VP, Network, improves, learned, starts
 
@@ -46,6 +49,42 @@ def test_a_denoiser_without_gradients_is_named_or_its_rest_is_learned(
         assert grid.times[:-1] != grid.denoiser_times
 
 
+def test_a_denoiser_in_inference_mode_is_learned_around() -> None:
+    @torch.inference_mode()
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return 1e-3 * x + torch.cos(t)
+
+    with pytest.raises(ValueError, match="not differentiable in x and t"):
+        learn_time_grid(model, VP, 4, starts(), options=SHORT)
+    options = dataclasses.replace(SHORT, partial=True)
+    plain = learn_time_grid(
+        lambda x, t: (1e-3 * x + torch.cos(t)).detach(), VP, 4, starts(), options=options
+    )
+    for recompute in (False, True):
+        more = dataclasses.replace(options, recompute=recompute)
+        found = learn_time_grid(model, VP, 4, starts(), options=more)
+        assert found.times == plain.times
+
+
+@pytest.mark.parametrize(
+    ("process", "why"),
+    [("vp", "'vp': it has no alpha"), (VPLinear, "it is a class, make one of it")],
+    ids=["name", "class"],
+)
+def test_what_is_no_process_is_said(process: Any, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "grid.json"
+    grid = learned(out=path)
+    for call in (
+        lambda: learn_time_grid(Network(), process, 3, starts()),
+        lambda: dmn_grid(process, 4),
+        lambda: trajectory_costs(Network(), process, starts()),
+        lambda: grid.plan(process),
+        lambda: LearnedGrid.load(path, process),
+    ):
+        with pytest.raises(TypeError, match=f"process must be one of dk.diffusion.*{why}"):
+            call()
+
+
 def teacher_of(process: Any, start: float) -> SolverPlan:
     return SolverPlan.build(process, [start, 0.3, 0.1], "ddim", prediction="x0")
 
@@ -55,12 +94,13 @@ def teacher_of(process: Any, start: float) -> SolverPlan:
     [
         ({"steps": 1}, ValueError, "steps must be at least 2, got 1"),
         ({"steps": 2.5}, TypeError, "steps must be an integer"),
+        ({"denoiser": 3}, TypeError, "denoiser must be callable, got int"),
         ({"solver": "sde_dpmpp_2"}, ValueError, "'sde_dpmpp_2' adds noise"),
         ({"targets": torch.zeros(8, 5)}, ValueError, r"pairs, got shapes \(8, 6\) and \(8, 5\)"),
         ({"targets": torch.zeros(7, 6)}, ValueError, r"pairs, got shapes \(8, 6\) and \(7, 6\)"),
         ({"targets": torch.zeros(8, 6).long()}, TypeError, "targets"),
         ({"x_T": torch.zeros(8)}, ValueError, r"x_T must have shape \(B, ...\)"),
-        ({"x_T": torch.zeros(1, 6).double()}, ValueError, "1 samples cannot be divided"),
+        ({"x_T": torch.zeros(1, 6).double()}, ValueError, "1 sample cannot both teach and"),
         ({"grid": [1.0, 0.5, 0.6, 0.1]}, ValueError, "grid must decrease strictly"),
         ({"targets": "teacher"}, TypeError, "a tensor or the SolverPlan of a teacher, got str"),
         ({"targets": teacher_of(EDM(), 1.0)}, ValueError, "plan is of EDM.*, not of VPLinear"),
@@ -71,9 +111,9 @@ def teacher_of(process: Any, start: float) -> SolverPlan:
     ],
 )
 def test_bad_arguments(use: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = {"steps": 3, "x_T": starts(), **use}
+    arguments = {"denoiser": Network(), "steps": 3, "x_T": starts(), **use}
     with pytest.raises(error, match=message):
-        learn_time_grid(Network(), VP, options=SHORT, **arguments)
+        learn_time_grid(process=VP, options=SHORT, **arguments)
 
 
 @pytest.mark.parametrize(

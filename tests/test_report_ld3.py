@@ -97,8 +97,11 @@ def test_the_table_of_a_step_names_the_aim_where_it_is_one(tmp_path: Path) -> No
     steps = [step("official LD3", 8.5, shape), step("official LD3", 7.5, [1, 2, 3, 4])]
     steps += [step("official LD3", 7.5, shape), step("torch.compile of official LD3", 1.5, shape)]
     entries = [{"name": str(i), "group": "ld3", "extra_info": info} for i, info in enumerate(steps)]
+    toy = {"op": "ld3_toy", "seconds": 2.345, "threads": 2, "held_out": 0.00691}
+    entries.append({"name": "toy", "group": "ld3", "extra_info": toy})
     journal.write(tmp_path / "one.json", machine.describe(torch.device("cpu")), entries)
     text = tables(load(tmp_path))["ld3_step_cpu"]()
+    assert "learned in 2.3 s on 2 threads, to a held-out mean squared error of 0.0069;" in text
     lines = [line for line in text.splitlines() if "x**" in line]
     assert [line.rsplit("|", 3)[1].strip() for line in lines] == [
         "**8.50x**, met",

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsno_kernels.diffusion._teacher_pairs import Pairs, Student, summed
+from dsno_kernels.diffusion._teacher_pairs import Pairs, Student, mean, summed
 from dsno_kernels.diffusion.learning_options import LearningOptions
 from dsno_kernels.diffusion.plan import SolverPlan
 from dsno_kernels.diffusion.time_parameters import TimeParameters
 
-_ADAM_RATE = 0.1
+_ADAM_RATE = 0.1  # over the number of steps: with more of them less is to be moved
 # Of the gradients of the loss over the numbers: below it there is nothing left to gain.
 _TOLERANCE = 1e-9
 _TINY = 1e-300
@@ -116,7 +116,7 @@ class Loop:
             for _, part in self.validation.parts(self.options.batch):
                 total = total + self.student.losses(part, plan).sum()
         self._count(len(self.validation), plan)
-        loss = _mean(total, len(self.validation))
+        loss = mean(total, len(self.validation))
         if not math.isfinite(loss):
             raise NonFiniteError
         better = self.best.loss is None or loss < self.best.loss
@@ -170,7 +170,8 @@ class Loop:
             self.lowest = Found(loss, self.parameters.values())
         self._last = (self.parameters.values(), pairs, loss, list(grads))
         _assign(numbers, grads)
-        if self._advance(loss):
+        ended = torch.tensor(float(self._advance(loss)), device=device)
+        if summed(ended) > 0:  # one process is enough
             raise StoppedError
         return loss
 
@@ -190,7 +191,7 @@ class Loop:
                 dataclasses.replace(part, x_T=x), plan, self.options.recompute
             )
             if not losses.requires_grad:
-                return False
+                break  # none can be moved; the other processes wait for this one below
             g = torch.autograd.grad(losses.sum(), x)[0]
             step = self.radius * self.rates[rows] / _norms(g).clamp_min(_TINY)
             tried = projected(x.detach() - _rows(step, x) * g, self.origin[rows], self.radius)
@@ -219,7 +220,7 @@ class Loop:
     def _adam(self, iterations: int) -> None:
         options = self.options
         if not hasattr(self, "_optimizer"):
-            rate = options.learning_rate or _ADAM_RATE
+            rate = options.learning_rate or _ADAM_RATE / self.parameters.steps
             self._optimizer = torch.optim.Adam(self.parameters.numbers, rate, betas=(0.9, 0.95))
             self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
                 self._optimizer, options.iterations
@@ -255,11 +256,6 @@ def _cut(plan: SolverPlan) -> tuple[SolverPlan, list[Tensor]]:
 def _assign(numbers: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     for number, grad in zip(numbers, grads, strict=True):
         number.grad = grad.clone()
-
-
-def _mean(total: Tensor, count: int) -> float:
-    both = summed(torch.stack([total, torch.full_like(total, count)]))
-    return float(both[0] / both[1])
 
 
 def _norms(x: Tensor) -> Tensor:

@@ -114,6 +114,12 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def mean(total: Tensor, count: int) -> float:
+    """Of a sum and a count in each process."""
+    both = summed(torch.stack([total, torch.full_like(total, count)]))
+    return float(both[0] / both[1])
+
+
 def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsno_kernels._files import write_json
 from dsno_kernels.diffusion.discrete import DiscreteVP
 from dsno_kernels.diffusion.plan import SolverPlan
-from dsno_kernels.diffusion.process_files import described, rebuilt
+from dsno_kernels.diffusion.process_files import check_process, described, rebuilt
 from dsno_kernels.diffusion.processes import as_float64, outside_inference_mode
 from dsno_kernels.diffusion.solvers import find
 
@@ -128,9 +128,11 @@ class LearnedGrid:
             prediction: what the model returns, where that is not what the grid was learned with.
 
         Raises:
-            ValueError: the grid is of another process, solver, order or number of steps.
+            ValueError: the grid is of another process, solver, order or number of steps. TypeError:
+            what was given as process is none.
         """
         if process is not None:
+            check_process(process)
             _same_process(self.process, process, self.times)
         if solver is not None or order is not None:
             wanted = find(self.solver if solver is None else solver, order).name
@@ -177,8 +179,10 @@ class LearnedGrid:
 
         Raises:
             GridFileError: (a ValueError) no such file, no grid, a damaged one, or one of another
-            process.
+            process. TypeError: `process` is none.
         """
+        if process is not None:
+            check_process(process)
         content = _read(path)
         try:
             description = content.pop("process")

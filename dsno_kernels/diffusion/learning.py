@@ -32,6 +32,7 @@ from dsno_kernels.diffusion.grids import check_times, time_grid
 from dsno_kernels.diffusion.learned_grid import LearnedGrid
 from dsno_kernels.diffusion.learning_options import LearningOptions
 from dsno_kernels.diffusion.plan import SolverPlan
+from dsno_kernels.diffusion.process_files import check_process
 from dsno_kernels.diffusion.processes import integer, outside_inference_mode
 from dsno_kernels.diffusion.sample import progress_bar
 from dsno_kernels.diffusion.time_parameters import TimeParameters, finite_log_snr
@@ -75,9 +76,9 @@ def learn_time_grid(
         process: the noising process.
         steps: N, at least 2.
         x_T: states at the first time, as :func:`sample` takes them, ``(B, ...)``; a hundred
-            are enough for a trained network (LD3, section 5), not for the exact denoiser of a data
-            set, whose jumps a grid would learn by heart. In a process group every process gets all
-            of them, and works on its share.
+            are enough for a trained network (LD3, section 5). The exact denoiser of a data set
+            needs thousands and optimizer "adam": a grid would learn the jumps of a few by heart.
+            In a process group every process gets all of them, and works on its share.
         targets: what the teacher makes of them, ``(B, ...)``, after `decode` where there is one; or
             the teacher's plan of the same process and first time, which then makes them; by
             default that of UniPC-3 with 20 steps between the same ends.
@@ -114,6 +115,7 @@ def learn_time_grid(
 
     Source: LD3 (arXiv 2405.15506).
     """
+    check_process(process)
     options = LearningOptions() if options is None else options
     if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
         raise ValueError(f"out must be a file in a folder that exists, got {str(out)!r}")
@@ -139,13 +141,16 @@ def learn_time_grid(
     plan = build(times, None)
     if plan.stochastic():
         raise ValueError(f"solver {plan.solver!r} adds noise: learn the grid of one without")
-    student = Student(denoiser, split_guidance, decode, _grid_losses.found(loss))
+    if not callable(denoiser):
+        raise TypeError(f"denoiser must be callable, got {type(denoiser).__name__}")
+    model = _outside_inference(denoiser) if options.partial else denoiser
+    student = Student(model, split_guidance, decode, _grid_losses.found(loss))
     wanted = targets if isinstance(targets, Tensor) else x_T
     _check_pairs(x_T, wanted, decode)
     pairs = Pairs(_recordable(x_T), _recordable(wanted), kwargs, unconditional, guidance)
     if options.match_official and processes() > 1:
         raise ValueError("match_official learns in one process, as the official code does")
-    still = not _differentiable_in_time(denoiser, plan, pairs, options.partial)
+    still = not _differentiable_in_time(model, plan, pairs, options.partial)
     train, validation = (part.share() for part in _divided(pairs, options.validation))
     if not isinstance(targets, Tensor):
         teacher = _teacher(process, times, prediction) if targets is None else targets
@@ -289,6 +294,18 @@ def _recordable(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x.detach()
 
 
+def _outside_inference(denoiser: Denoiser) -> Denoiser:
+    """The denoiser, whose outputs a step may keep for its backward pass; autograd refuses those of
+    inference mode.
+    """
+
+    def output(*args: Any, **kwargs: Any) -> Tensor:
+        found = denoiser(*args, **kwargs)
+        return found.clone() if isinstance(found, Tensor) and found.is_inference() else found
+
+    return output
+
+
 def _check_pairs(x_T: Tensor, wanted: Tensor, decode: object) -> None:
     checks.real("targets", wanted)
     if len(wanted) != len(x_T) or (decode is None and wanted.shape != x_T.shape):
@@ -301,15 +318,14 @@ def _check_pairs(x_T: Tensor, wanted: Tensor, decode: object) -> None:
 
 
 def _divided(pairs: Pairs, validation: float) -> tuple[Pairs, Pairs]:
-    """What is trained on, and what judges: the last ones, or the same."""
-    count = round(validation * len(pairs))
-    if validation and not 0 < count < len(pairs):
-        raise ValueError(
-            f"{len(pairs)} samples cannot be divided so that {validation:.3g} of them validate:"
-            " give more, or validation=0"
-        )
-    if not count:
+    """What is trained on, and what judges: the last ones, at least one, or the same."""
+    if not validation:
         return pairs, pairs
+    if len(pairs) < 2:
+        raise ValueError(
+            f"{len(pairs)} sample cannot both teach and judge: give at least 2, or validation=0"
+        )
+    count = min(max(round(validation * len(pairs)), 1), len(pairs) - 1)
     return pairs.part(slice(len(pairs) - count)), pairs.part(slice(len(pairs) - count, None))
 
 

@@ -25,12 +25,12 @@ class LearningOptions:
             objective. Validation data stay where they are.
         radius: of that ball, in units of sigma at the first time; None is 0.001 d / NFE^2 for
             samples of d numbers.
-        optimizer: "lbfgs" on all training data at once, or "adam" on batches of them, for networks
-            whose evaluations cost too much for that.
+        optimizer: "lbfgs" on all training data at once, or "adam" on batches of them: for networks
+            whose evaluations cost too much for that, and for the exact denoiser of a data set.
         iterations: of the optimizer, over all rounds.
         rounds: after each the grid is validated, and kept if it is the best so far.
-        learning_rate: of Adam at first, falling to 0 like a cosine; None is 0.1. L-BFGS searches
-            its own steps.
+        learning_rate: of Adam at first, falling to 0 like a cosine; None is 0.1 over the number of
+            steps. L-BFGS searches its own steps.
         batch: samples that are computed at a time; None is all of them. With "adam" it is the
             batch.
         validation: share of the data that is not trained on, which judges the grid; 0 takes the

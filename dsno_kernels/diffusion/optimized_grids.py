@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dsno_kernels.diffusion.grids import check_times, stacked, time_grid
 from dsno_kernels.diffusion.plan import SolverPlan
+from dsno_kernels.diffusion.process_files import check_process
 from dsno_kernels.diffusion.processes import (
     Process,
     as_float64,
@@ -82,6 +83,7 @@ def dmn_grid(
         from scipy.special import softmax
     except ImportError:
         raise ImportError("dmn_grid needs scipy: pip install scipy") from None
+    check_process(process)
     power, separate = one_number("power", power), integer("separate", separate)
     if not math.isfinite(power):
         raise ValueError(f"power must be finite, got {power}")
@@ -178,6 +180,7 @@ def trajectory_costs(
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
+    check_process(process)
     checks.real("x_T", x_T)
     if x_T.ndim < 2 or len(x_T) == 0:
         raise ValueError(f"x_T must have shape (B, ...), B >= 1, got {tuple(x_T.shape)}")

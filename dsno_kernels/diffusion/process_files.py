@@ -1,4 +1,4 @@
-"""Processes as plain values, for files that name the one they belong to."""
+"""What can be a process, and processes as plain values, for files that name theirs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from torch import Tensor
 
 from dsno_kernels.diffusion.discrete import DiscreteVP
 from dsno_kernels.diffusion.processes import Process
+
+
+def check_process(process: object) -> None:
+    """Raise TypeError for what cannot be the process of a learned or optimized grid."""
+    needed = ("alpha", "sigma", "log_snr", "inverse", "t_min", "t_max")
+    missing = [name for name in needed if not hasattr(process, name)]
+    if isinstance(process, type) or missing:
+        why = "it is a class, make one of it" if not missing else f"it has no {missing[0]}"
+        raise TypeError(
+            f"process must be one of dk.diffusion, such as VPCosine(), or like it; got {process!r}:"
+            f" {why}"
+        )
 
 
 def described(process: Any) -> dict[str, Any]:

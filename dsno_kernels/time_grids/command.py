@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dsno_kernels._files import write_json
+from dsno_kernels._noise import standard_normal
 from dsno_kernels.diffusion import (
     EDM,
     VE,
@@ -23,6 +24,7 @@ from dsno_kernels.diffusion import (
     time_grid,
 )
 from dsno_kernels.diffusion._teacher_pairs import Student
+from dsno_kernels.diffusion.learning_options import OPTIMIZERS
 from dsno_kernels.diffusion.time_parameters import MODES
 from dsno_kernels.sampling.command import positive
 from dsno_kernels.time_grids import plots
@@ -30,12 +32,16 @@ from dsno_kernels.time_grids.plans import PROCESS, PROCESSES
 from dsno_kernels.time_grids.plots import LEARNED
 from dsno_kernels.time_grids.problem import (
     GITS_SAMPLES,
+    GITS_STEPS,
     HAND_MADE,
     HELD_OUT,
     LEARNING,
     Teacher,
+    bar,
+    counted,
     hand_made,
     loss_of,
+    moves,
 )
 from dsno_kernels.training import distributed, images, trajectories
 from dsno_kernels.training.errors import CommandError, prepare_folder
@@ -49,9 +55,29 @@ ALL_PROCESSES = PROCESSES | {
 # Of the solver that makes the targets.
 TEACHER_SOLVER, TEACHER_GRID = "unipc3_bh2", "log_snr"
 END = "lower_order_final"
-# Noises to learn from, and to judge by. What an exact denoiser makes of a noise jumps from one
-# image to another as the times change, which only many noises average out; it is cheap.
-COUNTS = {True: (512, 512), False: (64, 128)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Usual:
+    """How a grid is learned where no option says otherwise, as `LearningOptions` has it.
+
+    Args:
+        count, held_out: noises to learn from, and others to judge all grids by.
+    """
+
+    count: int
+    held_out: int
+    validation: float
+    optimizer: str
+    iterations: int
+    rounds: int
+    batch: int | None
+
+
+# What an exact denoiser makes of a noise jumps from one image to another as the times change, which
+# only many noises average out; it is cheap. L-BFGS would learn the jumps of its noises by heart.
+EXACT = Usual(8192, 2048, 0.5, "adam", 160, 8, 256)
+NETWORK = Usual(64, 128, 0.2, "lbfgs", 40, 4, None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def add(flag: str, text: str, **options: Any) -> None:
         parser.add_argument(flag, help=f"{text}; default: %(default)s", **options)
+
+    def add_usual(flag: str, text: str, name: str, **options: Any) -> None:
+        exact, network = (getattr(usual, name) or "none" for usual in (EXACT, NETWORK))
+        default = f"default: {exact} with an exact teacher, else {network}"
+        parser.add_argument(flag, help=f"{text}; {default}", **options)
 
     whole: dict[str, Any] = {"type": positive, "metavar": "N"}
     add(
@@ -76,21 +107,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--process", "noising process", choices=tuple(ALL_PROCESSES), default=PROCESS)
     add("--solver", "one of dk.diffusion.solvers()", default="dpmpp_3m", metavar="NAME")
     add("--steps", "of the solver, a grid for each number", nargs="+", default=[5], **whole)
-    for flag, what, i in (
-        ("--count", "noises to learn from", 0),
-        ("--held-out", "other noises, by which all grids are judged", 1),
+    for flag, what, name in (
+        ("--count", "noises to learn from", "count"),
+        ("--held-out", "other noises, by which all grids are judged", "held_out"),
+        ("--iterations", "of the optimizer", "iterations"),
+        ("--batch", "samples at a time, and those of a step of adam", "batch"),
     ):
-        usual = f"default: {COUNTS[True][i]} with an exact teacher, else {COUNTS[False][i]}"
-        parser.add_argument(flag, help=f"{what}; {usual}", **whole)
+        add_usual(flag, what, name, **whole)
+    add_usual(
+        "--optimizer", "lbfgs on all noises, or adam on batches", "optimizer", choices=OPTIMIZERS
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="X",
+        help="of adam; default: 0.1 over the number of steps",
+    )
     add("--teacher-steps", "of the solver that makes the targets", default=50, **whole)
     add("--loss", "distance from the target", choices=_grid_losses.LOSSES, default="l2")
     add("--mode", "in what the gaps are shares of", choices=MODES, default="auto")
-    add("--iterations", "of the optimizer", default=LearningOptions.iterations, **whole)
     parser.add_argument(
         "--soft", action="store_true", help="let the noises move a little, too: LD3's soft loss"
-    )
-    parser.add_argument(
-        "--batch", **whole, help="samples at a time, for less memory; default: all at once"
     )
     parser.add_argument(
         "--coefficients", action="store_true", help="learn the solver's coefficients, too"
@@ -109,12 +146,18 @@ def run(options: argparse.Namespace) -> None:
     """
     prepare_folder(options.out)
     try:
+        _fill(options)
+        _check(options)
         learning = LearningOptions(
             mode=options.mode,
             soft=options.soft,
             coefficients=options.coefficients,
+            optimizer=options.optimizer,
             iterations=options.iterations,
+            rounds=options.rounds,
+            learning_rate=options.learning_rate,
             batch=options.batch,
+            validation=options.validation,
             seed=options.seed,
         )
         with distributed.started(options.device) as device:
@@ -125,37 +168,74 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(str(error)) from None
 
 
+def _fill(options: argparse.Namespace) -> None:
+    """Put what is usual for the teacher where no option was given."""
+    usual = EXACT if options.teacher == trajectories.EXACT else NETWORK
+    for name, value in dataclasses.asdict(usual).items():
+        if getattr(options, name, None) is None:
+            setattr(options, name, value)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise, before anything takes time, for options that cannot work."""
+    standard_normal((1,), range(1), options.seed, LEARNING)  # refuses a seed that is out of range
+    fewest, most = min(options.steps), max(options.steps)
+    if fewest < 2:
+        raise CommandError(
+            f"--steps must be at least 2, got {fewest}: the ends of a grid are fixed"
+        )
+    if most >= options.teacher_steps:
+        raise CommandError(
+            f"--steps {most} needs a teacher that takes more: --teacher-steps is"
+            f" {options.teacher_steps}"
+        )
+    if options.count == 1:
+        raise CommandError("--count must be at least 2, got 1: some teach, and some judge")
+    process = ALL_PROCESSES[options.process]
+    times = time_grid(process, fewest, TEACHER_GRID)
+    plan = SolverPlan.build(process, times, options.solver, end=END, prediction="x0")
+    if plan.stochastic():
+        raise CommandError(f"--solver {options.solver} adds noise; take one without")
+
+
 def _learn(options: argparse.Namespace, learning: LearningOptions, device: torch.device) -> None:
     teacher, name = _teacher(options, device)
     process = teacher.plan.process
     first = distributed.rank() == 0
-    count, judging = COUNTS[options.teacher == trajectories.EXACT]
-    pairs = teacher.pairs(options.count or count, options.seed, LEARNING, options.batch)
-    held_out = teacher.pairs(options.held_out or judging, options.seed, HELD_OUT, options.batch)
-    costs = teacher.costs(min(len(pairs), GITS_SAMPLES), options.seed)
+    counts, batch = (options.count, options.held_out), options.batch
+    fine = max(GITS_STEPS, *options.steps)
+    with bar(teacher.calls(counts, batch) + fine, "teacher") as shown:
+        watched = dataclasses.replace(teacher, model=counted(teacher.model, shown))
+        pairs, held_out = (
+            watched.pairs(number, options.seed, stream, batch)
+            for number, stream in zip(counts, (LEARNING, HELD_OUT), strict=True)
+        )
+        costs = watched.costs(min(len(pairs), GITS_SAMPLES), options.seed, fine)
     student = Student(teacher.model, False, None, _grid_losses.found(options.loss))
     losses: dict[str, dict[int, float]] = {key: {} for key in (*HAND_MADE, LEARNED)}
+    first_pairs = pairs.part(slice(len(held_out)))  # enough to choose where to begin
     for steps in sorted(set(options.steps)):
         others = hand_made(teacher.plan, costs, steps, options.solver, END)
-        start = min(others, key=lambda key: loss_of(student, pairs, others[key], options.batch))
+        start = min(others, key=lambda key: loss_of(student, first_pairs, others[key], batch))
         path = options.out / f"{options.solver}-{steps}.json"
-        grid = learn_time_grid(
-            teacher.model,
-            process,
-            steps,
-            pairs.x_T,
-            pairs.targets,
-            solver=options.solver,
-            end=END,
-            grid=others[start].grid,
-            kwargs=pairs.kwargs,
-            unconditional=pairs.unconditional,
-            guidance=pairs.guidance,
-            loss=options.loss,
-            options=learning,
-            out=path,
-            progress=True,
-        )
+        with bar(options.iterations, f"{steps} steps", "iteration") as shown:
+            grid = learn_time_grid(
+                teacher.model,
+                process,
+                steps,
+                pairs.x_T,
+                pairs.targets,
+                solver=options.solver,
+                end=END,
+                grid=others[start].grid,
+                kwargs=pairs.kwargs,
+                unconditional=pairs.unconditional,
+                guidance=pairs.guidance,
+                loss=options.loss,
+                options=learning,
+                out=path,
+                callback=moves(shown),
+            )
         plans = others | {LEARNED: grid.plan()}
         for key, plan in plans.items():
             losses[key][plan.evaluations] = loss_of(student, held_out, plan, options.batch)

@@ -4,9 +4,11 @@ hand-made grids that a learned one must beat.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,8 @@ from dsno_kernels.diffusion import (
     time_grid,
     trajectory_costs,
 )
-from dsno_kernels.diffusion._teacher_pairs import Pairs, Student
+from dsno_kernels.diffusion._teacher_pairs import Pairs, Student, mean, summed
+from dsno_kernels.training import distributed
 from dsno_kernels.training.manifest import noise_scale
 
 # Noises to learn from and to judge by, apart from each other and from those of samples.
@@ -52,10 +55,18 @@ class Teacher:
 
     @torch.no_grad()
     def pairs(self, count: int, seed: int, stream: int, batch: int | None = None) -> Pairs:
-        """Samples 0 .. count - 1 of a stream; each depends on the seed and its number alone."""
+        """Samples 0 .. count - 1 of a stream; each depends on the seed and its number alone. Each
+        process makes its share of the targets.
+        """
         starts = self._starts(count, seed, stream)
-        targets = [self._targets(part) for _, part in starts.parts(batch)]
-        return dataclasses.replace(starts, targets=torch.cat(targets))
+        targets = torch.zeros_like(starts.x_T)
+        for rows in _shares(count, batch):
+            targets[rows] = self._targets(starts.part(rows))
+        return dataclasses.replace(starts, targets=summed(targets))
+
+    def calls(self, counts: Sequence[int], batch: int | None) -> int:
+        """How often one process calls the model for pairs of these counts."""
+        return self.plan.evaluations * sum(len(_shares(count, batch)) for count in counts)
 
     def _starts(self, count: int, seed: int, stream: int) -> Pairs:
         """Noise as large as the process has it, and labels; the noise in the place of targets."""
@@ -78,11 +89,13 @@ class Teacher:
             guidance=starts.guidance,
         )
 
-    def costs(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """What `gits_grid` needs, of the first noises to learn from."""
+    def costs(self, count: int, seed: int, steps: int) -> tuple[Tensor, Tensor]:
+        """What `gits_grid` needs for grids of at most so many steps, of the first noises to learn
+        from.
+        """
         process = self.plan.process
         start, end = self.plan.grid[[0, -1]].tolist()
-        times = time_grid(process, GITS_STEPS, "karras", t_start=start, t_end=end)
+        times = time_grid(process, steps, "karras", t_start=start, t_end=end)
         starts = self._starts(count, seed, LEARNING)
         return trajectory_costs(
             self.model,
@@ -117,7 +130,46 @@ def hand_made(
 
 
 @torch.no_grad()
-def loss_of(student: Student, held_out: Pairs, plan: SolverPlan, batch: int | None = None) -> float:
-    """The mean distance of a plan's samples from their targets."""
-    parts = [student.losses(part, plan) for _, part in held_out.parts(batch)]
-    return float(torch.cat(parts).mean())
+def loss_of(student: Student, pairs: Pairs, plan: SolverPlan, batch: int | None = None) -> float:
+    """The mean distance of a plan's samples from their targets; each process takes its share."""
+    share = pairs.share()
+    total = torch.zeros((), dtype=torch.float64, device=pairs.x_T.device)
+    for _, part in share.parts(batch):
+        total += student.losses(part, plan).sum()
+    return mean(total, len(share))
+
+
+def _shares(count: int, batch: int | None) -> list[Tensor]:
+    """The rows of this process, at most `batch` at a time."""
+    rows = torch.arange(count)[distributed.rank() :: distributed.size()]
+    return list(rows.split(batch or count)) if len(rows) else []
+
+
+@contextlib.contextmanager
+def bar(total: int, text: str, unit: str = "call") -> Iterator[Any]:
+    """A progress bar of the first process, here from the start."""
+    from tqdm import tqdm
+
+    hidden = distributed.rank() > 0
+    with tqdm(total=total, desc=text, unit=unit, dynamic_ncols=True, disable=hidden) as shown:
+        yield shown
+
+
+def counted(model: Callable[..., Tensor], shown: Any) -> Callable[..., Tensor]:
+    """The model, each call of which moves a bar."""
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        output = model(*args, **kwargs)
+        shown.update()
+        return output
+
+    return call
+
+
+def moves(shown: Any) -> Callable[[int, float], None]:
+    """The callback of `learn_time_grid` that moves a bar."""
+
+    def callback(i: int, loss: float) -> None:
+        shown.update()  # what it returns would end the learning
+
+    return callback

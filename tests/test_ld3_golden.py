@@ -18,7 +18,7 @@ from dsno_kernels.diffusion import (
     sample,
     time_grid,
 )
-from dsno_kernels.diffusion.time_parameters import official_times
+from dsno_kernels.diffusion.learning.parameters import official_times
 from tests.diffusion_problems import Mixture, golden
 from tests.helpers import assert_close
 

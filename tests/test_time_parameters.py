@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsno_kernels.diffusion import EDM, SolverPlan, time_grid
-from dsno_kernels.diffusion.time_parameters import TimeParameters
+from dsno_kernels.diffusion.learning.parameters import TimeParameters
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_3m", "heun", "dpmpp_2s", "rhork_4rk"])

@@ -12,8 +12,8 @@ from dsno_kernels.diffusion.denoisers import (
 from dsno_kernels.diffusion.discrete import DiscreteVP
 from dsno_kernels.diffusion.grids import time_grid
 from dsno_kernels.diffusion.learned_grid import GridFileError, LearnedGrid
-from dsno_kernels.diffusion.learning import learn_time_grid
-from dsno_kernels.diffusion.learning_options import LearningOptions
+from dsno_kernels.diffusion.learning.learn import learn_time_grid
+from dsno_kernels.diffusion.learning.options import LearningOptions
 from dsno_kernels.diffusion.momentum import FDM
 from dsno_kernels.diffusion.optimized_grids import dmn_grid, gits_grid, trajectory_costs
 from dsno_kernels.diffusion.plan import SolverPlan

@@ -18,14 +18,14 @@ from dsno_kernels.diffusion import (
     FlowMatching,
     LearningOptions,
     SolverPlan,
-    _grid_losses,
     for_process,
     learn_time_grid,
     time_grid,
 )
-from dsno_kernels.diffusion._teacher_pairs import Student
-from dsno_kernels.diffusion.learning_options import OPTIMIZERS
-from dsno_kernels.diffusion.time_parameters import MODES
+from dsno_kernels.diffusion.learning import distances
+from dsno_kernels.diffusion.learning.options import OPTIMIZERS
+from dsno_kernels.diffusion.learning.pairs import Student
+from dsno_kernels.diffusion.learning.parameters import MODES
 from dsno_kernels.sampling.command import positive
 from dsno_kernels.time_grids import plots
 from dsno_kernels.time_grids.plans import PROCESS, PROCESSES
@@ -124,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of adam; default: 0.1 over the number of steps",
     )
     add("--teacher-steps", "of the solver that makes the targets", default=50, **whole)
-    add("--loss", "distance from the target", choices=_grid_losses.LOSSES, default="l2")
+    add("--loss", "distance from the target", choices=distances.LOSSES, default="l2")
     add("--mode", "in what the gaps are shares of", choices=MODES, default="auto")
     parser.add_argument(
         "--soft", action="store_true", help="let the noises move a little, too: LD3's soft loss"
@@ -211,7 +211,7 @@ def _learn(options: argparse.Namespace, learning: LearningOptions, device: torch
             for number, stream in zip(counts, (LEARNING, HELD_OUT), strict=True)
         )
         costs = watched.costs(min(len(pairs), GITS_SAMPLES), options.seed, fine)
-    student = Student(teacher.model, False, None, _grid_losses.found(options.loss))
+    student = Student(teacher.model, False, None, distances.found(options.loss))
     losses: dict[str, dict[int, float]] = {key: {} for key in (*HAND_MADE, LEARNED)}
     first_pairs = pairs.part(slice(len(held_out)))  # enough to choose where to begin
     for steps in sorted(set(options.steps)):

@@ -22,7 +22,7 @@ from dsno_kernels.diffusion import (
     time_grid,
     trajectory_costs,
 )
-from dsno_kernels.diffusion._teacher_pairs import Pairs, Student, mean, summed
+from dsno_kernels.diffusion.learning.pairs import Pairs, Student, mean, summed
 from dsno_kernels.training import distributed
 from dsno_kernels.training.manifest import noise_scale
 

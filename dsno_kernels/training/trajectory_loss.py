@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dsno_kernels.diffusion import _grid_losses
+from dsno_kernels.diffusion.learning import distances
 from dsno_kernels.training.errors import CommandError
 from dsno_kernels.training.trajectory_source import Source
 
@@ -58,7 +58,7 @@ def perceptual(image_size: int) -> Distance:
             f" these are {image_size}x{image_size}; take l1 or l2"
         )
     try:
-        of_images = _grid_losses.lpips()
+        of_images = distances.lpips()
     except ImportError:
         raise CommandError(
             "--loss lpips needs the package lpips; run: pip install lpips, or take l1 or l2"

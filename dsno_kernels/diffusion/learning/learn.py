@@ -24,18 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsno_kernels.diffusion import _grid_losses
-from dsno_kernels.diffusion._learning_loop import Found, Loop, NonFiniteError, StoppedError
-from dsno_kernels.diffusion._official_learning import OfficialLoop
-from dsno_kernels.diffusion._teacher_pairs import Pairs, Student, first_process, processes
 from dsno_kernels.diffusion.grids import check_times, time_grid
 from dsno_kernels.diffusion.learned_grid import LearnedGrid
-from dsno_kernels.diffusion.learning_options import LearningOptions
+from dsno_kernels.diffusion.learning import distances
+from dsno_kernels.diffusion.learning.loop import Found, Loop, NonFiniteError, StoppedError
+from dsno_kernels.diffusion.learning.official import OfficialLoop
+from dsno_kernels.diffusion.learning.options import LearningOptions
+from dsno_kernels.diffusion.learning.pairs import Pairs, Student, first_process, processes
+from dsno_kernels.diffusion.learning.parameters import TimeParameters, finite_log_snr
 from dsno_kernels.diffusion.plan import SolverPlan
 from dsno_kernels.diffusion.process_files import check_process
 from dsno_kernels.diffusion.processes import integer, outside_inference_mode
 from dsno_kernels.diffusion.sample import progress_bar
-from dsno_kernels.diffusion.time_parameters import TimeParameters, finite_log_snr
 from dsno_kernels.functional import checks
 
 Denoiser = Callable[..., Tensor]
@@ -62,7 +62,7 @@ def learn_time_grid(
     unconditional: Mapping[str, Any] | None = None,
     guidance: float | Tensor | None = None,
     split_guidance: bool = False,
-    loss: str | _grid_losses.Loss = "l2",
+    loss: str | distances.Loss = "l2",
     decode: Callable[[Tensor], Tensor] | None = None,
     options: LearningOptions | None = None,
     out: str | Path | None = None,
@@ -144,7 +144,7 @@ def learn_time_grid(
     if not callable(denoiser):
         raise TypeError(f"denoiser must be callable, got {type(denoiser).__name__}")
     model = _outside_inference(denoiser) if options.partial else denoiser
-    student = Student(model, split_guidance, decode, _grid_losses.found(loss))
+    student = Student(model, split_guidance, decode, distances.found(loss))
     wanted = targets if isinstance(targets, Tensor) else x_T
     _check_pairs(x_T, wanted, decode)
     pairs = Pairs(_recordable(x_T), _recordable(wanted), kwargs, unconditional, guidance)

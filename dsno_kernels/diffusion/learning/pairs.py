@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsno_kernels.diffusion import _grid_losses
+from dsno_kernels.diffusion.learning import distances
 from dsno_kernels.diffusion.plan import SolverPlan
 from dsno_kernels.diffusion.sample import sample
 
@@ -71,7 +71,7 @@ class Student:
     denoiser: Callable[..., Tensor]
     split_guidance: bool
     decode: Callable[[Tensor], Tensor] | None
-    distance: _grid_losses.Loss
+    distance: distances.Loss
 
     def samples(self, pairs: Pairs, plan: SolverPlan, recompute: bool = False) -> Tensor:
         return sample(
@@ -94,7 +94,7 @@ class Student:
         """
         made = self.samples(pairs, plan, recompute)
         shown = made if self.decode is None else self.decode(made)
-        losses = _grid_losses.each(self.distance, shown, pairs.targets)
+        losses = distances.each(self.distance, shown, pairs.targets)
         if made.requires_grad and not losses.requires_grad:
             raise ValueError("no gradient comes back from the loss: decode and loss must have one")
         return losses

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dsno_kernels.diffusion.learning.parameters import MODES
 from dsno_kernels.diffusion.processes import integer, one_number
-from dsno_kernels.diffusion.time_parameters import MODES
 
 OPTIMIZERS = ("lbfgs", "adam")
 

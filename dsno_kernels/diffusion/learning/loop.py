@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsno_kernels.diffusion._teacher_pairs import Pairs, Student, mean, summed
-from dsno_kernels.diffusion.learning_options import LearningOptions
+from dsno_kernels.diffusion.learning.options import LearningOptions
+from dsno_kernels.diffusion.learning.pairs import Pairs, Student, mean, summed
+from dsno_kernels.diffusion.learning.parameters import TimeParameters
 from dsno_kernels.diffusion.plan import SolverPlan
-from dsno_kernels.diffusion.time_parameters import TimeParameters
 
 _ADAM_RATE = 0.1  # over the number of steps: with more of them less is to be moved
 # Of the gradients of the loss over the numbers: below it there is nothing left to gain.

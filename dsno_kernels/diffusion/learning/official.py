@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsno_kernels.diffusion._learning_loop import Loop, NonFiniteError, StoppedError, projected
-from dsno_kernels.diffusion._teacher_pairs import Pairs
+from dsno_kernels.diffusion.learning.loop import Loop, NonFiniteError, StoppedError, projected
+from dsno_kernels.diffusion.learning.pairs import Pairs
 
 ROUNDS = (2, 5)  # without and with offsets
 LATENT_ROUNDS = (2, 3)  # where a decoder follows

@@ -210,7 +210,7 @@ def _is_that_of_the_mean(g: Tensor) -> bool:
     """Whether an upstream gradient leaves nothing to scale, where the host may look; elsewhere the
     kernel does.
     """
-    if g.device.type != "cpu":
+    if type(g) is not Tensor or g.device.type != "cpu":
         return False
     return bool((g == 1 / len(g)).all()) if g.ndim else g.item() == 1
 
@@ -219,11 +219,9 @@ def _run_scale(grad: Tensor, g: Tensor, backend: str) -> None:
     """The stored gradient of the mean, in place, as that of `sum of g_b loss_b`; g without axes is
     the upstream gradient of the mean.
     """
-    if grad.numel() == 0 or _is_that_of_the_mean(g):
-        return
-    select(backend, Request("denoising_loss", grad.device, compute_dtype([grad]))).denoising_scale_(
-        grad, g
-    )
+    if grad.numel():
+        request = Request("denoising_loss", grad.device, compute_dtype([grad]))
+        select(backend, request).denoising_scale_(grad, g)
 
 
 def _fake_scale(grad: Tensor, g: Tensor, backend: str) -> None:
@@ -287,6 +285,8 @@ def _scaled_in_place(grad: Tensor, g: Tensor, dtype: torch.dtype, backend: str) 
     """The same in the memory of `grad`, where the dtype is that."""
     if grad.dtype != dtype:
         return _scaled(grad, g, dtype, backend)
+    if grad.numel() and _is_that_of_the_mean(g):
+        return grad
     (_run_scale if runs_directly([grad, g]) else scale_op)(grad, g, backend)
     return grad
 

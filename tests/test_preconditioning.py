@@ -111,6 +111,24 @@ def test_the_denoiser_without_noise_is_the_identity(base: Process) -> None:
         assert (float(c_skip), abs(float(c_out))) == (1.0, 0.0) and bool(c_in.isfinite())
 
 
+def test_which_networks_momentum_shows_large_inputs() -> None:
+    """The share of the training levels at which the root mean square of the input is above 3, for
+    data of 0.85 as the digits: why momentum is harder on VP than on EDM (README).
+    """
+    quantiles = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
+    bases = {"edm": EDM(sigma_data=0.75), "vp": VPLinear(t_min=1e-5), "ve": VE()}
+    shares = {}
+    for name, base in bases.items():
+        for process in (base, FDM(base, 2.0)):
+            table = Preconditioner(process)
+            sigma = table.levels(quantiles)
+            size = table.coefficients(sigma).c_in * (sigma.square() + 0.85**2).sqrt()
+            shares[name, process is base] = float((size > 3).double().mean())
+    expected = {("edm", True): 0.0, ("edm", False): 0.03, ("vp", True): 0.0, ("vp", False): 0.46}
+    expected |= {("ve", True): 0.42, ("ve", False): 0.33}
+    assert shares == pytest.approx(expected, abs=0.01)
+
+
 def test_gradients() -> None:
     sigma = torch.tensor([0.003, 0.5, 20.0], dtype=torch.float64, requires_grad=True)
     for base in (EDM(), VE(), VPLinear()):

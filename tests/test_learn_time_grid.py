@@ -286,6 +286,18 @@ def test_a_callback_in_one_process_ends_learning_in_all(tmp_path: Path) -> None:
     assert ranks.run(stopped_by_the_second, tmp_path) == [2, 2]
 
 
+def one_sample_for_two(optimizer: str) -> tuple[float, ...]:
+    """Of two samples one is trained on, and one judges."""
+    options = dataclasses.replace(SHORT, optimizer=optimizer, batch=4, validation=0.5)
+    return learn_time_grid(Network(), VP, 3, starts(2), options=options).times
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_a_process_may_have_no_sample(optimizer: str, tmp_path: Path) -> None:
+    both = ranks.run(one_sample_for_two, tmp_path, optimizer)
+    assert both[0] == both[1] == pytest.approx(one_sample_for_two(optimizer), rel=ORDER_OF_SUMS)
+
+
 def test_the_mode_of_the_caller_does_not_matter() -> None:
     network = Network()
     expected = learn_time_grid(network, VP, 3, starts(), options=SHORT)

@@ -231,7 +231,8 @@ class Loop:
         for _ in range(iterations):
             if len(self._order) < min(options.batch, len(self.train)):
                 self._order = torch.randperm(len(self.train), generator=self._generator).tolist()
-            rows = torch.tensor(self._order[: options.batch], device=self.train.x_T.device)
+            chosen = torch.tensor(self._order[: options.batch], dtype=torch.int64)  # maybe none
+            rows = chosen.to(self.train.x_T.device)
             self._order = self._order[options.batch :]
             self.evaluate(self.train.part(rows))
             self._optimizer.step()

@@ -32,7 +32,7 @@ class LearningOptions:
         learning_rate: of Adam at first, falling to 0 like a cosine; None is 0.1 over the number of
             steps. L-BFGS searches its own steps.
         batch: samples that are computed at a time; None is all of them. With "adam" it is the
-            batch.
+            batch, that of each process in a group.
         validation: share of the data that is not trained on, which judges the grid; 0 takes the
             loss of the training data for that.
         recompute: keep the states alone for the backward pass and compute the model's insides

@@ -26,7 +26,7 @@ _GRAIN = 32768  # elements that are worth a thread
 
 
 def _threads(elements: int) -> int:
-    return min(torch.get_num_threads(), 1 + elements // _GRAIN)
+    return 1 if elements < _GRAIN else min(torch.get_num_threads(), 1 + elements // _GRAIN)
 
 
 def _pairs(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from dsno_kernels.functional.dynamic_threshold import check_threshold
 from dsno_kernels.ops import solver_step as _step
 
 MAX_ORDER = 8
-_NAMES, _OPTIONAL = ("output", *step_checks.ENTRIES), ("unconditional", "base", "noise")
+_NAMES = ("unconditional", "base", "noise", "output", *step_checks.ENTRIES)
 
 
 class SolverStep(NamedTuple):
@@ -122,10 +122,8 @@ def solver_step(
     checks.real("point", point)
     name = checks.backend(backend)
     entries, ring_head = step_checks.history_entries(history, head, point)
-    step_checks.all_like(_NAMES, (output, *entries), point, of="point")
-    if not (unconditional is None and base is None and noise is None):
-        optional = (unconditional, base, noise)
-        step_checks.all_like(_OPTIONAL, optional, point, optional=True, of="point")
+    given = (unconditional, base, noise, output, *entries)
+    step_checks.all_like(_NAMES, given, point, optional=3, of="point")
     rows: Tensor | None = None
     values: list[float] = []
     if isinstance(table, Tensor):

@@ -136,15 +136,15 @@ def all_like(
     names: Sequence[str],
     values: Sequence[Tensor | None],
     x: Tensor,
-    optional: bool = False,
+    optional: int = 0,
     of: str = "x",
 ) -> None:
     """Refuse what is no real tensor of the shape and on the device of x, which the caller knows as
-    `of`; None where `optional`.
+    `of`; the first `optional` values may be None.
     """
     shape, device, strided = x.shape, x.device, torch.strided
     for i, value in enumerate(values):
-        if (value is None and optional) or (
+        if (value is None and i < optional) or (
             isinstance(value, Tensor)
             and value.dtype in _REAL
             and value.layout is strided

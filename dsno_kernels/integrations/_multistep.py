@@ -44,9 +44,9 @@ def check_inputs(
 ) -> None:
     """Refuse tensors that do not fit the sample, by the names that they have in `step`."""
     checks.real("sample", sample)
-    step_checks.all_like(("model_output",), (output,), sample, of="sample")
-    names, given = ("unconditional", "variance_noise"), (unconditional, noise)
-    step_checks.all_like(names, given, sample, optional=True, of="sample")
+    names = ("unconditional", "variance_noise", "model_output")
+    given = (unconditional, noise, output)
+    step_checks.all_like(names, given, sample, optional=2, of="sample")
 
 
 def check_steps(steps: object) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PARAMETER = torch.nn.Parameter
 # Looked up once: a step asks them at each call.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -30,6 +30,11 @@ def runs_directly(tensors: Iterable[Tensor | None]) -> bool:
     ):
         return False
     for x in tensors:
-        if x is not None and (type(x) not in _PLAIN or x.is_neg() or x._is_zerotensor()):
+        if x is None:
+            continue
+        kind = type(x)
+        if kind is not Tensor and kind is not _PARAMETER:
+            return False
+        if x.is_neg() or x._is_zerotensor():
             return False
     return True

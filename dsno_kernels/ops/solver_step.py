@@ -39,7 +39,9 @@ def _check_rows(step: Step) -> None:
         return
     K, entries = step.order, len(step.history)
     for row in found:
-        if any(row[4 + entries : 3 + K]) or any(row[6 + K + entries : 5 + 2 * K]):
+        if entries < K - 1 and (
+            any(row[4 + entries : 3 + K]) or any(row[6 + K + entries : 5 + 2 * K])
+        ):
             raise ValueError(
                 f"the row reads {K - 1} entries of history, but {entries} are given, and its other"
                 " columns are not 0"

@@ -95,6 +95,11 @@ def teacher_of(process: Any, start: float) -> SolverPlan:
         ({"steps": 1}, ValueError, "steps must be at least 2, got 1"),
         ({"steps": 2.5}, TypeError, "steps must be an integer"),
         ({"denoiser": 3}, TypeError, "denoiser must be callable, got int"),
+        ({"decode": 3}, TypeError, "decode must be callable, got int"),
+        ({"callback": 3}, TypeError, "callback must be callable, got int"),
+        ({"kwargs": 3}, TypeError, "kwargs must be a mapping from names, got int"),
+        ({"options": {}}, TypeError, "options must be LearningOptions, got dict"),
+        ({"out": 3}, TypeError, "out must be a path, got int"),
         ({"solver": "sde_dpmpp_2"}, ValueError, "'sde_dpmpp_2' adds noise"),
         ({"targets": torch.zeros(8, 5)}, ValueError, r"pairs, got shapes \(8, 6\) and \(8, 5\)"),
         ({"targets": torch.zeros(7, 6)}, ValueError, r"pairs, got shapes \(8, 6\) and \(7, 6\)"),
@@ -111,9 +116,9 @@ def teacher_of(process: Any, start: float) -> SolverPlan:
     ],
 )
 def test_bad_arguments(use: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = {"denoiser": Network(), "steps": 3, "x_T": starts(), **use}
+    arguments = {"denoiser": Network(), "steps": 3, "x_T": starts(), "options": SHORT, **use}
     with pytest.raises(error, match=message):
-        learn_time_grid(process=VP, options=SHORT, **arguments)
+        learn_time_grid(process=VP, **arguments)
 
 
 @pytest.mark.parametrize(

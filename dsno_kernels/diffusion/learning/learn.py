@@ -117,6 +117,13 @@ def learn_time_grid(
     """
     check_process(process)
     options = LearningOptions() if options is None else options
+    if not isinstance(options, LearningOptions):
+        raise TypeError(f"options must be LearningOptions, got {type(options).__name__}")
+    _check_kinds("callable", Callable, decode=decode, callback=callback)
+    _check_kinds("a mapping from names", Mapping, kwargs=kwargs, unconditional=unconditional)
+    _check_kinds("a path", (str, Path), out=out)
+    if not callable(denoiser):
+        raise TypeError(f"denoiser must be callable, got {type(denoiser).__name__}")
     if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
         raise ValueError(f"out must be a file in a folder that exists, got {str(out)!r}")
     if integer("steps", steps) < 2:
@@ -141,8 +148,6 @@ def learn_time_grid(
     plan = build(times, None)
     if plan.stochastic():
         raise ValueError(f"solver {plan.solver!r} adds noise: learn the grid of one without")
-    if not callable(denoiser):
-        raise TypeError(f"denoiser must be callable, got {type(denoiser).__name__}")
     model = _outside_inference(denoiser) if options.partial else denoiser
     student = Student(model, split_guidance, decode, distances.found(loss))
     wanted = targets if isinstance(targets, Tensor) else x_T
@@ -248,6 +253,13 @@ class _Results:
     def _save(self, found: Found, **more: Any) -> None:
         if self.out is not None and first_process():
             self.grid(found, **more).save(self.out)
+
+
+def _check_kinds(wanted: str, kind: Any, **given: object) -> None:
+    """Raise TypeError for what is given and is not of this kind."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
 
 
 def _first_grid(process: Any, steps: int, grid: Tensor | None, mode: str) -> Tensor:

@@ -99,6 +99,7 @@ def test_deis_unipc_and_a_learned_grid_on_one_momentum_process(tmp_path: Path) -
     assert errors["learned"] < errors["dpmpp_3m"] / 1.5, errors
 
 
+@pytest.mark.slow
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example in README runs as it stands: a model of a file along DEIS, UniPC and an LD3 grid,
     three ways to nearly the same images.

@@ -119,7 +119,6 @@ def test_the_loss_weighs_the_mean_difference_of_each_time(
     name: str, power: int, labels: bool
 ) -> None:
     source = made_up(labels=labels)
-    device = torch.device("cpu")
     task = StudentTask(source, trajectory_loss.distance(name, 8), weight_limit=3.0)
     index = torch.tensor([4, 1, 4])
     loss = task.loss(Shifted(), {"index": index})

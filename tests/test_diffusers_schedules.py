@@ -93,6 +93,8 @@ def test_mu_does_not_stay() -> None:
         ({"num_inference_steps": 3, "sigmas": [2.0, 1.0]}, "only one of them"),
         ({"timesteps": [9, 9, 5]}, r"timesteps must .*: timesteps\[0\] is 9, timesteps\[1\] is 9"),
         ({"sigmas": [3.0, 1.0, 2.0]}, r"sigmas must .*: sigmas\[1\] is 1, sigmas\[2\] is 2"),
+        ({"sigmas": [3.0, -1.0]}, "sigmas must be positive, .* got .3.0, -1.0"),
+        ({"sigmas": [3.0, 0.0, 0.0]}, "sigmas must be positive"),
         ({"sigmas": []}, "sigmas must be a list of finite numbers"),
         ({"sigmas": [float("inf"), 3.0, 1.0]}, "sigmas must be a list of finite numbers, got .inf"),
         ({"sigmas": torch.tensor([3.0, 1.0], requires_grad=True)}, "must not require gradients"),
@@ -104,8 +106,16 @@ def test_mu_does_not_stay() -> None:
 )
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_bad_schedules(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ours(name).set_timesteps(**options)
+    for match in (False, True):
+        with pytest.raises(ValueError, match=message):
+            ours(name, match_diffusers=match).set_timesteps(**options)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_sigmas_of_a_flow_beyond_pure_noise(name: str) -> None:
+    scheduler = ours(name, use_flow_sigmas=True, prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="sigmas must be positive, with use_flow_sigmas at most 1"):
+        scheduler.set_timesteps(sigmas=[3.0, 0.5])
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -332,6 +332,51 @@ def test_a_failed_step_leaves_the_place_in_the_schedule(name: str) -> None:
         assert scheduler.step_index == twin.step_index
 
 
+def test_noise_of_ones_own_is_checked() -> None:
+    name, sde = "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}
+    scheduler, x = scheduled(ours(name, **sde)), start()
+    for kind, message, noise in [
+        (ValueError, r"variance_noise must have the shape of sample, \(2, 3, 4, 4\), got", x[:1]),
+        (TypeError, "variance_noise must be a torch.Tensor, got float", 1.0),
+        (TypeError, "variance_noise must be real floating point", x.long()),
+    ]:
+        with pytest.raises(kind, match=message):
+            scheduler.step(x, scheduler.timesteps[0], x, variance_noise=noise)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_another_batch_in_the_middle_of_a_run(name: str) -> None:
+    scheduler, x = scheduled(ours(name)), start()
+    scheduler.step(x, scheduler.timesteps[0], x)
+    with pytest.raises(ValueError, match=r"sample has shape \(1, 3, 4, 4\), but .* call set_time"):
+        scheduler.step(x[:1], scheduler.timesteps[1], x[:1])
+
+
+@pytest.mark.parametrize("order", [0, -1, 9])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_orders_that_do_not_exist(name: str, order: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"solver_order must be from 1 to [78] for .*, got {order}"
+    ):
+        scheduled(ours(name, solver_order=order))
+
+
+def test_deis_of_diffusers_has_no_order_above_3() -> None:
+    name, x = "DEISMultistepScheduler", start(torch.float32)
+    expected = run(scheduled(original(name, solver_order=5)), x)
+    assert_close(
+        run(scheduled(ours(name, solver_order=5, match_diffusers=True)), x), expected, SINGLE
+    )
+    assert rel_rms(run(scheduled(ours(name, solver_order=5)), x), expected) > 4 * SINGLE
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000])
+def test_ddim_refuses_timesteps_without_a_signal(timestep: int) -> None:
+    scheduler, x = scheduled(ours("DDIMScheduler")), start()
+    with pytest.raises(ValueError, match=f"timestep must be from 0 to 999, got {timestep}"):
+        scheduler.step(x, timestep, x)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_guided_step_moves_each_tensor_once(name: str) -> None:
     scheduler, (x, m, u) = scheduled(ours(name)), torch.randn(3, 2, 3, 4, 4)

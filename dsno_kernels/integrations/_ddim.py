@@ -145,6 +145,8 @@ class DDIM(Configured):
         t, made = self._number(timestep), self._made(float(eta), bool(corrected))
         if t not in made:  # a timestep outside the schedule
             signals = self.alphas_cumprod.tolist()
+            if not 0 <= t < len(signals):
+                raise ValueError(f"timestep must be from 0 to {len(signals) - 1}, got {t}")
             made[t] = self._row_at(t, signals, float(eta), bool(corrected))
         return t, made[t]
 

@@ -154,6 +154,15 @@ class Multistep(Configured):
         few = len(self.timesteps) < 15
         return "lower_order_final" if self.config.lower_order_final and few else "full"
 
+    def _order(self, highest: int) -> int:
+        """`solver_order`, within what a row of a table holds."""
+        order = integer("solver_order", self.config.solver_order)
+        if not 1 <= order <= highest:
+            raise ValueError(
+                f"solver_order must be from 1 to {highest} for {type(self).__name__}, got {order}"
+            )
+        return order
+
     def _prediction(self, *known: str) -> str:
         given: str = self.config.prediction_type
         if given not in known:
@@ -292,6 +301,11 @@ class Multistep(Configured):
             raise ValueError("give num_inference_steps, timesteps or sigmas: only one of them")
         if timesteps is not None:
             _decreasing("timesteps", given)
+        elif not (given > 0).all() or (config.use_flow_sigmas and (given > 1).any()):
+            raise ValueError(
+                "sigmas must be positive, with use_flow_sigmas at most 1 (a last one may be 0), got"
+                f" {given.tolist()}"
+            )
         trained = np.array(((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5, np.float64)
         if config.use_flow_sigmas:
             if timesteps is not None:
@@ -365,6 +379,12 @@ class Multistep(Configured):
         # they are called here what `step` calls them.
         self._step_index = before
         check_inputs(sample, output, unconditional)
+        for earlier in self.model_outputs:
+            if earlier is not None and earlier.shape != sample.shape:
+                raise ValueError(
+                    f"sample has shape {tuple(sample.shape)}, but those of the steps before had"
+                    f" {tuple(earlier.shape)}: call set_timesteps before a new run"
+                )
         raise failure
 
     def _advanced(

@@ -51,6 +51,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsno_kernels.functional import checks
+from dsno_kernels.functional.step_checks import MAX_HISTORY
 from dsno_kernels.integrations._ddim import DDIM
 from dsno_kernels.integrations._learned import Grid
 from dsno_kernels.integrations._multistep import (
@@ -99,13 +101,14 @@ class FusedDEISMultistepScheduler(Multistep, DEISMultistepScheduler):  # type: i
     _promotes = True
 
     def _solver(self) -> Solver:
+        order = self._order(MAX_HISTORY)
         return Solver(
             family="deis",
             history="eps",
             prediction=self._prediction(*_PREDICTIONS),
             thresholded=self._limits is not None,
             flow=self.config.use_flow_sigmas,
-            order=self.config.solver_order,
+            order=min(order, 3) if self.config.match_diffusers else order,
             end=self._end(),
         )
 
@@ -178,7 +181,7 @@ class FusedDPMSolverMultistepScheduler(Multistep, DPMSolverMultistepScheduler): 
             prediction=self._prediction(*_PREDICTIONS[: 4 if plus else 3]),
             thresholded=self._limits is not None,
             flow=config.use_flow_sigmas,
-            order=config.solver_order,
+            order=self._order(MAX_HISTORY),
             end=end,
             second=config.solver_type,
             third=third,
@@ -221,15 +224,17 @@ class FusedDPMSolverMultistepScheduler(Multistep, DPMSolverMultistepScheduler): 
             unconditional = None if unconditional is None else unconditional[:, :3]
 
         def noise() -> Tensor:
-            drawn = variance_noise
-            if drawn is None:
-                drawn = randn_tensor(
+            if variance_noise is None:
+                return randn_tensor(
                     model_output.shape,
                     generator=generator,
                     device=model_output.device,
                     dtype=torch.float32,
                 )
-            return drawn.to(model_output.device, torch.float32)
+            checks.real("variance_noise", variance_noise)
+            given = variance_noise.to(model_output.device, torch.float32)
+            check_inputs(sample, model_output, unconditional, given)
+            return given
 
         moved = self._moved(timestep, model_output, sample, unconditional, guidance, noise)
         entry = self.model_outputs[-1]
@@ -264,7 +269,7 @@ class FusedUniPCMultistepScheduler(Multistep, UniPCMultistepScheduler):  # type:
             prediction=self._prediction(*_PREDICTIONS[: 4 if self.predict_x0 else 3]),
             thresholded=self._limits is not None,
             flow=config.use_flow_sigmas,
-            order=config.solver_order,
+            order=self._order(MAX_HISTORY - 1),
             end=self._end(),
             second=config.solver_type,
             uncorrected=frozenset(step + 1 for step in self.disable_corrector),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsno_kernels.functional import solver_step, step_checks
-from dsno_kernels.integrations._multistep import Configured, check_steps, guided
+from dsno_kernels.integrations._configured import Configured, check_steps, guided
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 

@@ -20,6 +20,7 @@ to [-1, 1]
 DPM-Solver of order 3: half the weight of the  the exact weight, which converges with order 3
 second difference, so order 2; the wrong sign
 in sde-dpmsolver++, no such sde-dpmsolver
+DEIS of a solver_order above 3: order 3        that order, up to 8
 UniPC with bh1, or on epsilon, to sigma = 0:   finite, in either way
 NaN
 DDIM on epsilon where alpha is 0 (zero         a ValueError: epsilon says nothing about x0 there
@@ -53,14 +54,10 @@ from torch import Tensor
 
 from dsno_kernels.functional import checks
 from dsno_kernels.functional.step_checks import MAX_HISTORY
+from dsno_kernels.integrations._configured import check_guidance, check_inputs, guided
 from dsno_kernels.integrations._ddim import DDIM
 from dsno_kernels.integrations._learned import Grid
-from dsno_kernels.integrations._multistep import (
-    Multistep,
-    check_guidance,
-    check_inputs,
-    guided,
-)
+from dsno_kernels.integrations._multistep import Multistep
 from dsno_kernels.integrations._tables import Solver
 
 try:

@@ -16,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import dsno_kernels as dk
 from dsno_kernels import backends
 from dsno_kernels.backends import cpu, reference
-from tests.helpers import BUDGETS, IO_BUDGET, assert_close
+from tests.helpers import BUDGETS, FLOAT64, IO_BUDGET, assert_close
 from tests.strategies import BACKENDS
 
 _C = pytest.importorskip("dsno_kernels._C", reason="the extension is not built")
@@ -141,7 +141,7 @@ def test_strides_of_either_tensor(isa: str) -> None:
         )
         assert dx.stride() == alone.stride()
         assert torch.equal(x, before[0]) and torch.equal(gradient, before[1])
-    check(x, g, 3)
+        check(x, gradient, 3)
 
 
 def test_long_sums_are_sums_of_sums(isa: str) -> None:
@@ -198,6 +198,30 @@ def test_gradcheck_and_gradgradcheck() -> None:
         inputs = double(2, T, 2, 3), double(2, n, 3, 3), double(2, 3, K, 2)
         assert gradcheck(dk.spectral_conv_backward, inputs)
         assert gradgradcheck(dk.spectral_conv_backward, inputs)
+
+
+def test_under_torch_func_and_forward_mode() -> None:
+    x, g, weight = (
+        torch.randn(*shape, dtype=torch.float64) for shape in ((2, 4, 3), (2, 4, 5), (3, 5, 2, 2))
+    )
+
+    def apart(x: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        _, pull = torch.func.vjp(lambda x: dk.spectral_conv(x, weight), x)
+        return pull(g)[0], dk.spectral_conv_weight_grad(x, g, 2)
+
+    def transformed(f: Any) -> list[Tensor]:
+        mapped = torch.func.vmap(f, (None, 0, None))(x, torch.stack([g, 2 * g]), weight)
+        _, tangents = torch.func.jvp(f, (x, g, weight), (x, g, weight))
+        _, pull = torch.func.vjp(f, x, g, weight)
+        return [*mapped, *tangents, *pull((x, weight))]
+
+    results = transformed(dk.spectral_conv_backward)
+    for result, expected in zip(results, transformed(apart), strict=True):
+        assert_close(result, expected, FLOAT64)
+    with pytest.raises(NotImplementedError, match=r"does not run under torch\.func"):
+        torch.func.vmap(functools.partial(dk.spectral_conv_backward, backend="cpu"), (0, 0, None))(
+            x[None], g[None], weight
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -44,6 +44,11 @@ def test_once_for_each_op_and_kind_of_gpu(capability: list[int]) -> None:
     assert len(selected("spectral_conv", torch.float16)[1]) == 1
 
 
+def test_an_op_of_two_others_leaves_it_to_them() -> None:
+    assert selected("spectral_conv_backward", torch.float32) == (reference, [])
+    assert len(selected("spectral_conv_weight_grad", torch.float32)[1]) == 1
+
+
 def test_not_of_what_is_for_the_reference_by_design(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "op_without_a_kernel", object, raising=False)
     assert selected("spectral_conv", torch.float64) == (reference, [])

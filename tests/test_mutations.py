@@ -35,6 +35,10 @@ def test_a_planted_defect_makes_the_suite_fail(backend: str, name: str) -> None:
     assert run.returncode == 1 and "AssertionError" in run.stdout, run.stdout + run.stderr
 
 
+def test_every_defect_has_a_backend_to_plant_it_in() -> None:
+    assert all(any(can_plant(backend, name) for backend in BACKENDS) for name in MUTATIONS)
+
+
 def test_the_same_tests_pass_without_a_defect() -> None:
     command = [
         sys.executable,

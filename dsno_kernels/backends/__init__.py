@@ -123,7 +123,6 @@ def unsupported(name: str, request: Request) -> str | None:
     return next((reason for reason in reasons if reason), None)
 
 
-@functools.lru_cache(maxsize=1024)
 def _not_whole(name: str, request: Request) -> str | None:
     """Why a backend cannot serve a request by one function of its own."""
     try:
@@ -134,9 +133,15 @@ def _not_whole(name: str, request: Request) -> str | None:
         return f"it cannot be imported ({error})"
     except ImportError as error:
         return f"it cannot be imported ({error})"
+    return _refusal(module, request)
+
+
+def _refusal(module: ModuleType, request: Request) -> str | None:
+    """As `_not_whole`, of a backend that is imported."""
     if not hasattr(module, request.op):
         return _lacks(request.op)
-    return module.unsupported(request)
+    reason: str | None = module.unsupported(request)
+    return reason
 
 
 @functools.lru_cache(maxsize=1024)
@@ -162,8 +167,11 @@ _reported: set[tuple[str, tuple[int, int]]] = set()
 def _report_fallback(request: Request) -> None:
     """Warn, once for each op and kind of GPU, that no kernel serves what kernels are for.
 
-    float64, and an op that no backend of GPUs has, are for the reference by design.
+    float64, and an op that no backend of GPUs has, are for the reference by design; an op of
+    `PARTS` leaves the warning to its parts.
     """
+    if request.op in PARTS:
+        return
     reasons = {n: unsupported(n, request) for n in order(request) if n != "reference"}
     if request.dtype == torch.float64 or set(reasons.values()) == {_lacks(request.op)}:
         return
@@ -201,8 +209,7 @@ def select(name: str, request: Request) -> ModuleType:
 def select_whole(name: str, request: Request) -> ModuleType | None:
     """As `select`, for an op of `PARTS`; None where the backend runs it in parts."""
     module = select(name, request)
-    chosen = module.__name__.rpartition(".")[2]
-    return module if _not_whole(chosen, request) is None else None
+    return module if _refusal(module, request) is None else None
 
 
 def explain_call(run: Callable[[], object]) -> str:

@@ -173,7 +173,7 @@ class SpectralConvFunction(torch.autograd.Function):
             else:
                 slope = ctx.negative_slope
         grad_x = grad_weight = grad_bias = grad_residual = None
-        if all(ctx.needs_input_grad[:2]) and not ctx.adjoint and not under_transform():
+        if all(ctx.needs_input_grad[:2]) and not ctx.adjoint:
             grad_x, grad_weight = both.differentiable_backward(
                 x,
                 g,

@@ -21,7 +21,7 @@ import dsno_kernels.ops.spectral_conv_weight_grad as weight_grad
 from dsno_kernels import _layout
 from dsno_kernels import precision as precisions
 from dsno_kernels.backends import Request, select_whole
-from dsno_kernels.ops import define, distinct
+from dsno_kernels.ops import define, distinct, under_transform
 
 
 def _run(
@@ -177,10 +177,28 @@ def differentiable_backward(
     precision: str = "",
     backend: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """The op with autograd, outside of torch.func's transforms: dx in the dtype of x, dW in float32
-    or float64. `grad_positive` (the backward of LeakyReLU, fused) is for calls that record no
-    graph.
+    """The op with autograd: dx in the dtype of x, dW in float32 or float64. `grad_positive` (the
+    backward of LeakyReLU, fused) is for calls that record no graph.
     """
+    if under_transform():
+        options: dict[str, Any] = {
+            "time_dim": time_dim,
+            "channel_dim": channel_dim,
+            "negative_slope": negative_slope,
+            "precision": precision,
+            "backend": backend,
+        }
+        return conv.differentiable_spectral_conv(
+            grad_output,
+            weight,
+            n=x.shape[time_dim],
+            adjoint=True,
+            out_dtype=x.dtype,
+            x_positive=grad_positive,
+            **options,
+        ), weight_grad.differentiable_weight_grad(
+            x, grad_output, weight.shape[2], grad_positive=grad_positive, **options
+        )
     if torch.is_grad_enabled() and grad_positive is None:
         return SpectralConvBackwardFunction.apply(
             x, distinct(x, grad_output), weight, time_dim, channel_dim, precision, backend

@@ -71,6 +71,9 @@ def serving(backend: str, dtype: torch.dtype) -> str | None:
     return None if backend == "cpu" and dtype == F64 else backend
 
 
+FORMS = ["number", "scalar", "samples", "float64", "negated"]
+
+
 @st.composite
 def calls(draw: st.DrawFn) -> dict[str, Any]:
     ndim = draw(st.integers(1, 4))
@@ -81,9 +84,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "shape": shape,
         "kinds": [(draw(dtypes), draw(memory), draw(orders)) for _ in range(3)],
-        "forms": [
-            draw(st.sampled_from(["number", "scalar", "samples", "float64"])) for _ in range(4)
-        ],
+        "forms": [draw(st.sampled_from(FORMS)) for _ in range(4)],
         "seeds": draw(st.booleans()),
         "out_dtype": draw(st.one_of(st.none(), dtypes)),
         "ceiling": draw(st.sampled_from([None, 0.5])),
@@ -95,6 +96,8 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 def coefficient(form: str, B: int) -> float | Tensor:
     if form == "number":
         return float(torch.rand(()) + 0.1)
+    if form == "negated":  # memory that holds the opposite
+        return torch.complex(torch.zeros(B), -torch.rand(B) - 0.1).conj().imag
     shape = () if form == "scalar" else (B,)
     return torch.rand(shape, dtype=F64 if form == "float64" else F32) + 0.1
 
@@ -282,6 +285,10 @@ def test_a_zero_hides_what_it_multiplies(backend: str) -> None:
     assert skips_all.isfinite().all()
     assert dk.denoising_loss(x, bad, 1.0, 1.0, 1.0, 1.0, **given).isfinite().all()
     assert dk.denoising_loss(bad, x, 1.0, 1.0, 1.0, 1.0, **given).isnan().all()
+    output = torch.cat([bad[:1], x[1:]]).requires_grad_()
+    loss = dk.denoising_loss(output, x, 1.0, 0.5, 1.0, 1.0, **given)
+    (grad,) = torch.autograd.grad(loss[1:].sum(), output)  # the upstream gradient of the first is 0
+    assert grad[0].eq(0).all() and grad[1:].isfinite().all()
     nan = torch.tensor([1.0, math.nan, 1.0])  # a weight that is NaN stays NaN under a ceiling
     loss = dk.denoising_loss(x, x, 1.0, 1.0, 1.0, nan, ceiling=0.5, **given)
     assert loss.isnan().tolist() == [False, True, False]

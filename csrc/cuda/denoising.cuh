@@ -243,7 +243,7 @@ struct Scale {
         A x[N];
         convert<DTYPE>(raw, static_cast<int>(grad.dtype), x);
 #pragma unroll
-        for (int j = 0; j < N; ++j) x[j] *= factor;
+        for (int j = 0; j < N; ++j) x[j] = factor == 0 ? A(0) : factor * x[j];
         write<DTYPE, N>(grad, i, x);
     }
 };

@@ -105,7 +105,8 @@ def denoising_loss(
         L_b &= \min(w_b, \mathrm{ceiling})\,\operatorname{mean}(D_b - x_b)^2
 
     The sums are float32, of squares float64 (both float64 where a tensor is), in an order that no
-    number of threads changes. As in :func:`exp_step`, what a 0 multiplies may hold anything.
+    number of threads changes. As in :func:`exp_step`, what a 0 multiplies may hold anything; but a
+    loss that is NaN stays so with a weight of 0, whose gradient is 0.
 
     Where ``output`` alone requires a gradient, the same pass writes it, for the mean of L: with
     `seeds` two tensors are read and one is written, with `noise` three and one. The backward of

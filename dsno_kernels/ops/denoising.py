@@ -31,6 +31,11 @@ def _in_order(images: Tensor, seeds: Tensor | None) -> Tensor:
     return images if seeds is None else images.contiguous()
 
 
+def _as_memory(coefficients: Coefficients) -> Coefficients:
+    """Without pending negations, which the dispatcher leaves to a list of optional tensors."""
+    return [None if c is None else c.resolve_neg() for c in coefficients]
+
+
 def _run_noised(
     images: Tensor,
     noise: Tensor | None,
@@ -48,7 +53,7 @@ def _run_noised(
         _in_order(images, seeds),
         noise=noise,
         seeds=seeds,
-        coefficients=coefficients,
+        coefficients=_as_memory(coefficients),
         values=values,
         out_dtype=out_dtype,
     )
@@ -115,7 +120,7 @@ def _run_loss(
         images,
         noise=noise,
         seeds=seeds,
-        coefficients=coefficients,
+        coefficients=_as_memory(coefficients),
         values=values,
         ceiling=ceiling,
         grad_dtype=_grad_dtype(output) if with_grad else None,

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dsno_kernels import diffusion
 from dsno_kernels.diffusion import (
     EDM,
+    FDM,
+    VE,
     DiscreteVP,
     ExactDenoiser,
     FlowMatching,
@@ -346,5 +348,19 @@ def test_networks_of_edm() -> None:
     for process in (None, EDM()):
         with pytest.raises(ValueError, match=r"the shape of x, \(2, 4\), got \(2, 1\)"):
             from_edm(lambda x, *rest: x[:, :1], process=process)(x, 1.0)
+        with pytest.raises(TypeError, match=r"what the network returns must be a torch\.Tensor"):
+            from_edm(lambda *given: None, process=process)(x, 1.0)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"x must be real floating point .*, got torch\.int64"):
+            from_edm(lambda x, *rest: x, process=process)(x.long(), 1.0)
     with pytest.raises(TypeError, match="callable"):
         from_edm(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("process", [EDM(), VE(), VPLinear(), FDM(EDM())], ids=str)
+def test_without_noise_a_network_of_edm_changes_nothing(process: Process) -> None:
+    """Its input c_noise, log sigma, must stay finite."""
+    denoiser = from_edm(lambda x, c_noise, labels: c_noise.cos()[:, None] * x, process=process)
+    x = randn(2, 4)
+    assert torch.equal(denoiser(x, 0.0), x)
+    mixed = denoiser(x, torch.tensor([0.0, 1.0]))
+    assert torch.equal(mixed[0], x[0]) and torch.equal(mixed[1], denoiser(x, 1.0)[1])

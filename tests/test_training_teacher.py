@@ -123,6 +123,8 @@ def test_golden_warm_up() -> None:
     for last in (5.0, math.inf):
         with pytest.raises(ValueError, match="0 < first < last < inf is required"):
             WeightWarmUp(5, first=500.0, last=last)
+    with pytest.raises(TypeError, match="last must be a real number or a tensor, got 'a'"):
+        WeightWarmUp(5, last="a")  # type: ignore[arg-type]
 
 
 def test_batches_do_not_depend_on_the_momentum() -> None:

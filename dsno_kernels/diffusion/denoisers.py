@@ -208,6 +208,7 @@ def from_edm(
     table = None if process is None else Preconditioner(process)
 
     def denoiser(x: Tensor, sigma: Real, y: Tensor | None = None) -> Tensor:
+        checks.real("x", x)
         levels = _levels(x, sigma).reshape(-1).expand(len(x))
         labels = None
         if count:
@@ -221,6 +222,8 @@ def from_edm(
             raise ValueError("y was given, but the network has no classes")
         if table is None:
             return _as_large(network(x, levels.float(), labels), x)
+        # Without noise c_noise may be infinite, where no network has a finite output.
+        levels = torch.where(levels == 0, _LEAST, levels)
         c_skip, c_out, c_in, c_noise = table.coefficients(levels)
         output = _as_large(network(_per_sample(c_in, x) * x, c_noise.float(), labels), x)
         return _per_sample(c_skip, x) * x + _per_sample(c_out, x) * output
@@ -282,6 +285,7 @@ def _per_sample(values: Tensor, x: Tensor) -> Tensor:
 
 def _as_large(output: Tensor, x: Tensor) -> Tensor:
     """What a network returned, in the dtype of its input; refused where it has another shape."""
+    checks.tensor("what the network returns", output)
     if output.shape != x.shape:
         raise ValueError(
             f"network must return the shape of x, {tuple(x.shape)}, got {tuple(output.shape)}"

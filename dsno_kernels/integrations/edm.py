@@ -50,8 +50,8 @@ def load(path: str | os.PathLike[str]) -> SongUNet:
 
     Raises:
         ValueError: a pickle of objects, a file that is damaged, or one without such a network (then
-            the first key that differs is named, with both shapes). OSError: a file that cannot be
-            opened.
+            the first key that differs is named, with both shapes), or a .safetensors file that is
+            not there. OSError: another file that cannot be opened.
     """
     if Path(path).suffix == ".safetensors":
         return convert(read_tensors(Path(path))[0], str(path))

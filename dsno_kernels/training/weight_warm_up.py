@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dsno_kernels.diffusion.processes import integer
+from dsno_kernels.diffusion.processes import integer, one_number
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class WeightWarmUp:
         first, last: the ceiling of the first update, and where it ends.
 
     Raises:
-        TypeError: updates that are no integer. ValueError: updates < 0; not 0 < first < last, or
-            infinite.
+        TypeError: updates that are no integer, ceilings that are no numbers. ValueError: updates <
+            0; not 0 < first < last, or infinite.
 
     Example:
         >>> WeightWarmUp(200).ceiling(100)
@@ -44,7 +44,8 @@ class WeightWarmUp:
     def __post_init__(self) -> None:
         if integer("updates", self.updates) < 0:
             raise ValueError(f"updates must be at least 0, got {self.updates}")
-        if not 0.0 < self.first < self.last < math.inf:
+        first, last = (one_number(name, getattr(self, name)) for name in ("first", "last"))
+        if not 0.0 < first < last < math.inf:
             raise ValueError(
                 f"0 < first < last < inf is required, got first={self.first}, last={self.last}"
             )

@@ -353,6 +353,8 @@ def test_denoisers_that_are_refused(
         ({"kwargs": [1]}, TypeError, "kwargs must be a mapping .* got list"),
         ({"unconditional": 1}, TypeError, "unconditional must be a mapping .* got int"),
         ({"generator": 5, "plan": "sde"}, TypeError, "must be a torch.Generator or None, got 5"),
+        ({"noise": X, "plan": "sde"}, TypeError, "noise must be callable, got Tensor"),
+        ({"callback": 3}, TypeError, "callback must be callable, got int"),
         ({"noise": lambda i: X[:1], "plan": "sde"}, ValueError, r"noise must have the shape"),
         ({"history": [X[:1]], "plan": "seeded"}, ValueError, r"history\[0\] must have the shape"),
     ],

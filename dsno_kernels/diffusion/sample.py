@@ -116,6 +116,9 @@ def sample(
         torch.Size([2, 3, 8, 8])
     """
     _check_mode(recompute, compile, cuda_graph, callback is not None or progress)
+    for name, function in (("noise", noise), ("callback", callback)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
     setting = setting_of(
         denoiser,
         x_T,

@@ -151,9 +151,8 @@ def pytest_benchmark_update_machine_info(
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    kept = {key: commit_info.get(key) for key in ("id", "dirty")}
     commit_info.clear()
-    commit_info.update(kept)
+    commit_info.update(journal.commit())
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -37,11 +37,16 @@ def read(path: Path) -> list[dict[str, Any]]:
 def commit() -> dict[str, Any]:
     """The commit of the checkout and whether tracked files differ from it; empty without git.
 
+    Results, and README with its tables of results, do not count: no measurement depends on them.
     `DSNO_KERNELS_COMMIT` names it where the source travels without its history.
     """
     if named := os.environ.get("DSNO_KERNELS_COMMIT"):
         return {"id": named, "dirty": None}
-    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "-uno"])
+    sources = [".", ":!benchmarks/results", ":!README.md"]
+    commands = (
+        ["git", "rev-parse", "HEAD"],
+        ["git", "status", "--porcelain", "-uno", "--", *sources],
+    )
     try:
         head, changed = (
             subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

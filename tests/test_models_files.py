@@ -93,6 +93,17 @@ def test_a_weight_that_half_precision_makes_infinite(path: Path) -> None:
     assert dk.models.load(path).all_modules[0].weight[0, :2].tolist() == [float("inf"), -6e4]
 
 
+def test_what_no_file_can_hold(path: Path) -> None:
+    before = path.read_bytes()
+    for wrong in (torch.int8, torch.complex64, "float16"):
+        with pytest.raises(TypeError, match=rf"dtype must be .*torch\.float64, got {wrong}"):
+            dk.models.save(DSNO(TINY), path, dtype=wrong)  # type: ignore[arg-type]
+    for name in ("kind", "process"):
+        with pytest.raises(ModelFileError, match=f"the model writes its {name} itself"):
+            dk.models.save(DSNO(TINY), path, **{name: "another"})
+    assert path.read_bytes() == before
+
+
 def test_the_name_of_a_packaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "PACKAGED", tmp_path)
     dk.models.save(DSNO(TINY), tmp_path / "squares.safetensors")

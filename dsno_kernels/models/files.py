@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from dsno_kernels._files import replacing
 from dsno_kernels.diffusion.process_files import described, rebuilt
 from dsno_kernels.diffusion.processes import EDM
+from dsno_kernels.functional import checks
 from dsno_kernels.models.config import DSNOConfig
 from dsno_kernels.models.denoiser import EDMDenoiser
 from dsno_kernels.models.dsno import DSNO
 
 PACKAGED = Path(__file__).parents[1] / "weights"
+_OWN = {"kind", "config", "sigma_data", "process"}  # metadata
 
 
 class ModelFileError(ValueError):
@@ -45,9 +47,10 @@ def save(
         **metadata: more of it; what is not a string is stored as JSON.
 
     Raises:
-        TypeError: another kind of model. ModelFileError: (a ValueError) a finite weight that is
-        infinite in `dtype`, or a process that holds functions. OSError: the file cannot be written.
-        One that was there is as it was.
+        TypeError: another kind of model, or a dtype that is not real floating point.
+        ModelFileError: (a ValueError) a finite weight that is infinite in `dtype`, a process that
+        holds functions, or metadata that the model writes itself. OSError: the file cannot be
+        written. One that was there is as it was.
 
     Example:
         >>> dk.models.save(model, "student.safetensors", logsnr=logsnr.tolist())
@@ -55,6 +58,10 @@ def save(
     network = model.network if isinstance(model, EDMDenoiser) else model
     if not isinstance(network, DSNO):
         raise TypeError(f"model must be a DSNO or an EDMDenoiser of one, got {type(model)}")
+    if dtype not in (None, *checks.REAL_DTYPES):
+        raise TypeError(
+            f"dtype must be None or one of {checks.names(checks.REAL_DTYPES)}, got {dtype}"
+        )
     own: dict[str, Any] = {"kind": "dsno", "config": dataclasses.asdict(network.config)}
     if isinstance(model, EDMDenoiser):
         own.update(kind="edm_denoiser", sigma_data=model.sigma_data)
@@ -63,6 +70,8 @@ def save(
             own["process"] = described(model.process)
             if "repr" in own["process"]:
                 raise ModelFileError(f"a file cannot hold the process {model.process!r}")
+    for name in _OWN & metadata.keys():
+        raise ModelFileError(f"the model writes its {name} itself; leave it out")
     tensors = {
         name: _stored(name, tensor, dtype) if dtype and tensor.is_floating_point() else tensor
         for name, tensor in network.state_dict().items()

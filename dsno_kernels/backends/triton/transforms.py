@@ -135,6 +135,8 @@ def plan_rfft(
     """
     K = spectrum_axes.T
     pixels = launch.padded_pixels(axes.P)
+    if padded:  # the padding is written too: of one pixel, the stride counts
+        spectrum_axes = spectrum_axes._replace(P=pixels)
     rows = axes.B * pixels
     config = table.rows["truncated_rfft", table.transform_method, ""]
     block_r, block_m, block_t = launch.blocks((rows * axes.C, 2 * K, axes.T), config)

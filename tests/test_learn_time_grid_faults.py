@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,8 +69,12 @@ def test_a_denoiser_in_inference_mode_is_learned_around() -> None:
 
 @pytest.mark.parametrize(
     ("process", "why"),
-    [("vp", "'vp': it has no alpha"), (VPLinear, "it is a class, make one of it")],
-    ids=["name", "class"],
+    [
+        ("vp", "'vp': it has no alpha"),
+        (VPLinear, "it is a class, make one of it"),
+        (SimpleNamespace(alpha=VP.alpha, sigma=VP.sigma), "it has no rho"),
+    ],
+    ids=["name", "class", "part of one"],
 )
 def test_what_is_no_process_is_said(process: Any, why: str, tmp_path: Path) -> None:
     path = tmp_path / "grid.json"
@@ -85,8 +90,8 @@ def test_what_is_no_process_is_said(process: Any, why: str, tmp_path: Path) -> N
             call()
 
 
-def teacher_of(process: Any, start: float) -> SolverPlan:
-    return SolverPlan.build(process, [start, 0.3, 0.1], "ddim", prediction="x0")
+def teacher_of(process: Any, start: float, **more: Any) -> SolverPlan:
+    return SolverPlan.build(process, [start, 0.3, 0.1], "ddim", prediction="x0", **more)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +114,16 @@ def teacher_of(process: Any, start: float) -> SolverPlan:
         ({"grid": [1.0, 0.5, 0.6, 0.1]}, ValueError, "grid must decrease strictly"),
         ({"targets": "teacher"}, TypeError, "a tensor or the SolverPlan of a teacher, got str"),
         ({"targets": teacher_of(EDM(), 1.0)}, ValueError, "plan is of EDM.*, not of VPLinear"),
+        (
+            {"targets": teacher_of(VP, 1.0), "prediction": "eps"},
+            ValueError,
+            "output as 'x0', the student as 'eps'",
+        ),
+        (
+            {"targets": teacher_of(VP, 1.0, eta=1.0)},
+            ValueError,
+            "teacher's plan, of solver 'ddim', adds noise",
+        ),
         ({"targets": teacher_of(VP, 0.5)}, ValueError, "plan starts at t = 0.5, the states x_T"),
         ({"out": "nowhere/grid.json"}, ValueError, "folder that exists, got 'nowhere/grid.json'"),
         ({"out": "."}, ValueError, r"out must be a file in a folder that exists, got '\.'"),
@@ -129,6 +144,8 @@ def test_bad_arguments(use: dict[str, Any], error: type[Exception], message: str
         ({"iterations": 0}, "iterations must be at least 1"),
         ({"radius": -1.0}, "radius must be positive"),
         ({"validation": 1.0}, r"validation must be in \[0, 1\)"),
+        ({"seed": -1}, r"seed must be in 0 .. 2\*\*64 - 1, got -1"),
+        ({"seed": 2**64}, "seed must be in 0"),
         ({"optimizer": "adam"}, "optimizer 'adam' needs a batch"),
         ({"match_official": True, "coefficients": True}, "match_official learns no coefficients"),
     ],
@@ -140,9 +157,17 @@ def test_bad_options(option: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [{"iterations": 2.5}, {"batch": "4"}, {"seed": 0.5}, {"rounds": None}, {"radius": "1"}],
+    [
+        {"iterations": 2.5},
+        {"batch": "4"},
+        {"seed": 0.5},
+        {"rounds": None},
+        {"radius": "1"},
+        {"decoupled": "no"},
+        {"soft": 0},
+    ],
 )
-def test_options_that_are_no_numbers(option: dict[str, Any]) -> None:
+def test_options_of_another_type(option: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"{next(iter(option))} must be "):
         LearningOptions(**option)
 

@@ -13,7 +13,7 @@ from dsno_kernels.diffusion.processes import Process
 
 def check_process(process: object) -> None:
     """Raise TypeError for what cannot be the process of a learned or optimized grid."""
-    needed = ("alpha", "sigma", "log_snr", "inverse", "t_min", "t_max")
+    needed = ("alpha", "sigma", "rho", "log_snr", "inverse", "t_min", "t_max")
     missing = [name for name in needed if not hasattr(process, name)]
     if isinstance(process, type) or missing:
         why = "it is a class, make one of it" if not missing else f"it has no {missing[0]}"

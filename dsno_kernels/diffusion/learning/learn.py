@@ -80,8 +80,8 @@ def learn_time_grid(
             needs thousands and optimizer "adam": a grid would learn the jumps of a few by heart.
             In a process group every process gets all of them, and works on its share.
         targets: what the teacher makes of them, ``(B, ...)``, after `decode` where there is one; or
-            the teacher's plan of the same process and first time, which then makes them; by
-            default that of UniPC-3 with 20 steps between the same ends.
+            the teacher's plan of the same process, first time and prediction, without noise, which
+            then makes them; by default that of UniPC-3 with 20 steps between the same ends.
         solver, order, history, end, prediction: as in :meth:`SolverPlan.build`; no solver with
             noise.
         grid: the N + 1 times to begin with, whose ends stay; by default equal steps in log-SNR from
@@ -92,7 +92,7 @@ def learn_time_grid(
         decode: of samples, before they are compared; differentiable.
         options: what is seldom changed.
         out: a file, in a folder that exists, that always holds the best grid so far, also when
-            learning is interrupted.
+            learning is interrupted; before there is one that was learned, it is left as it was.
         callback: ``callback(i, loss)`` after the i-th training loss; if it returns True learning
             ends there.
         progress: show a bar (needs tqdm).
@@ -104,7 +104,7 @@ def learn_time_grid(
     Raises:
         TypeError, ValueError: arguments that do not fit; fewer than 2 steps; a solver with noise; a
         denoiser that is not differentiable in x or in t (says which); a loss that is not finite
-        from the beginning. KeyboardInterrupt: after `out` was written.
+        from the beginning. KeyboardInterrupt: after `out` was written, as said there.
 
     Example:
         >>> process = dk.diffusion.EDM()
@@ -159,7 +159,7 @@ def learn_time_grid(
     train, validation = (part.share() for part in _divided(pairs, options.validation))
     if not isinstance(targets, Tensor):
         teacher = _teacher(process, times, prediction) if targets is None else targets
-        _check_teacher(teacher, process, float(times[0]))
+        _check_teacher(teacher, process, float(times[0]), prediction)
         train, validation = (
             student.taught(part, teacher, options.batch) for part in (train, validation)
         )
@@ -283,7 +283,7 @@ def _teacher(process: Any, times: Tensor, prediction: str) -> SolverPlan:
     )
 
 
-def _check_teacher(teacher: object, process: Any, first: float) -> None:
+def _check_teacher(teacher: object, process: Any, first: float, prediction: str) -> None:
     if not isinstance(teacher, SolverPlan):
         raise TypeError(
             f"targets must be a tensor or the SolverPlan of a teacher, got {type(teacher).__name__}"
@@ -298,6 +298,16 @@ def _check_teacher(teacher: object, process: Any, first: float) -> None:
         raise ValueError(
             f"the teacher's plan starts at t = {float(teacher.grid[0])}, the states x_T are those"
             f" of t = {first}"
+        )
+    if teacher.prediction != prediction:
+        raise ValueError(
+            f"the teacher's plan takes the denoiser's output as {teacher.prediction!r}, the student"
+            f" as {prediction!r}: give both the same prediction"
+        )
+    if teacher.stochastic():
+        raise ValueError(
+            f"the teacher's plan, of solver {teacher.solver!r}, adds noise: its samples are no"
+            " function of x_T; take one without"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from dsno_kernels.diffusion.learning.parameters import MODES
 from dsno_kernels.diffusion.processes import integer, one_number
@@ -48,7 +48,7 @@ class LearningOptions:
         seed: of the order of batches.
 
     Raises:
-        ValueError: a value out of range. TypeError: no number where one is needed.
+        ValueError: a value out of range. TypeError: no number, or no bool, where one is needed.
     """
 
     mode: str = "auto"
@@ -75,6 +75,10 @@ class LearningOptions:
                 )
         self._convert(integer, "iterations", "rounds", "batch", "seed")
         self._convert(one_number, "radius", "learning_rate", "validation")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise TypeError(f"{field.name} must be True or False, got {value!r}")
         for name in ("iterations", "rounds", "batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -83,6 +87,8 @@ class LearningOptions:
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in 0 .. 2**64 - 1, got {self.seed}")
         if not 0.0 <= self.validation < 1.0:
             raise ValueError(f"validation must be in [0, 1), got {self.validation}")
         if self.match_official and self.coefficients:

@@ -33,7 +33,7 @@ def _in_order(images: Tensor, seeds: Tensor | None) -> Tensor:
 
 def _as_memory(coefficients: Coefficients) -> Coefficients:
     """Without pending negations, which the dispatcher leaves to a list of optional tensors."""
-    return [None if c is None else c.resolve_neg() for c in coefficients]
+    return [c.resolve_neg() if c is not None and c.is_neg() else c for c in coefficients]
 
 
 def _run_noised(

@@ -56,3 +56,15 @@ def test_integers_make_two_graphs(step: Callable[[Tensor, Tensor, int, Tensor], 
         assert torch.equal(y, step(x, rings[1], i, rows)) and torch.equal(*rings)
         x = y
     assert counter.frame_count == 2
+
+
+def test_numbers_that_change() -> None:
+    """The second row was no graph: dynamo makes symbols of numbers that change."""
+    step = torch.compile(
+        lambda x, h, a: dk.exp_step(x, [h], [a, 0.5]), fullgraph=True, backend="eager"
+    )
+    x, h = torch.randn(2, 2, 5)
+    for a in (0.25, 1.5, -2.0):
+        assert torch.equal(step(x, h, a), dk.exp_step(x, [h], [a, 0.5]))
+    with pytest.raises(Exception, match="coefficients must be finite, got nan"):
+        step(x, h, float("nan"))

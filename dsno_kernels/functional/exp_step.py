@@ -39,8 +39,8 @@ def exp_step(
             ``[k, *x.shape]``, newest first, or, with ``head``, a ring buffer.
         coefficients: ``(a, c_0, c_1, ..)``, then s with noise: numbers; or a tensor ``[cols]``, or
             ``[B, cols]`` with a row for each sample (axis 0 of x); or, with ``index``, a table
-            ``[N, cols]``. Numbers must be finite; tensors are not looked at (that would wait for
-            the device).
+            ``[N, cols]``. Numbers must be finite (`torch.compile` compiles again where
+            they change); tensors are not looked at (that would wait for the device).
         noise: the shape of x.
         index: the row of the table: an int, an integer tensor without axes (one compiled graph and
             no host sync serves all steps; of ints `torch.compile` makes two, for the first value

@@ -88,13 +88,14 @@ def is_number(value: object) -> bool:
 def numbers(name: str, coefficients: Sequence[float]) -> list[float]:
     if coefficients is None or not hasattr(coefficients, "__iter__"):
         raise TypeError(f"{name} must be numbers or one tensor, got {coefficients!r}: give a list")
-    values = list(coefficients)
-    if set(map(type, values)) == _FLOAT and math.isfinite(sum(values)):
+    values, inf = list(coefficients), math.inf
+    # Compared, as torch.compile cannot ask math.isfinite of numbers that change between calls.
+    if set(map(type, values)) == _FLOAT and -inf < sum(values) < inf:
         return values  # the same as below, in half the time
     for i, c in enumerate(values):
         if not is_number(c):
             raise TypeError(f"{name} must be numbers or one tensor, got {c!r} among them")
-        if not math.isfinite(c):
+        if not -inf < c < inf:
             raise ValueError(f"{name} must be finite, got {c!r}")
         values[i] = float(c)
     return values

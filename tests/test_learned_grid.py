@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,14 @@ def damaged(content: dict[str, Any], **changes: Any) -> str:
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 5}, {"loss": "abc"}, {"baselines": {"log_snr": None}}, {"provenance": 5}],
+    [
+        {"steps": 5},
+        {"loss": "abc"},
+        {"losses": [10**400]},
+        {"baselines": {"log_snr": None}},
+        {"provenance": 5},
+        {"corrections": [[math.nan] * len(grid_of().plan().table[0])] * 4},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_files_with_a_damaged_value_are_refused(change: dict[str, Any], tmp_path: Path) -> None:

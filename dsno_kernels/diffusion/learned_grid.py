@@ -38,7 +38,7 @@ class LearnedGrid:
         history, prediction, end: as in :meth:`SolverPlan.build`.
         times: the N + 1 decreasing times of the steps.
         denoiser_times: the time of each call of the model.
-        corrections: what is added to the plan's table, a list for each row; None: nothing.
+        corrections: what is added to the plan's table, finite, a list for each row; None: nothing.
         loss: on the validation data; None where it was not measured.
         baselines: the same loss of other grids, by name.
         losses: of the training data, one an iteration.
@@ -67,6 +67,8 @@ class LearnedGrid:
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         if self.corrections is not None:
             rows = tuple(tuple(map(float, row)) for row in self.corrections)
+            if not all(math.isfinite(value) for row in rows for value in row):
+                raise ValueError("corrections must be finite")
             object.__setattr__(self, "corrections", rows)
         if self.loss is not None:
             object.__setattr__(self, "loss", float(self.loss))
@@ -196,7 +198,7 @@ class LearnedGrid:
                 raise ValueError(f"steps is {steps!r}, and the times are those of {grid.steps}")
             _same_points(made, grid.times, points, str(description.get("kind")))
             grid.plan()  # checks all the rest
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise GridFileError(f"{path} is no whole grid ({error}); learn it again") from None
         except ValueError as error:
             raise GridFileError(f"{path}: {error}") from None

@@ -85,7 +85,7 @@ def check_threshold(
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"{prefix}ratio must be in 0..1, got {ratio!r}")
     least = 1.0 if definition == "diffusers" else 0.0
-    if not (max_value > 0.0 and max_value >= least and math.isfinite(max_value)):
+    if not (max_value > 0.0 and max_value >= least and max_value < math.inf):
         bound = "at least 1" if least else "positive"
         raise ValueError(f"{prefix}max_value must be {bound} for {definition!r}, got {max_value!r}")
     if x0.ndim == 0 or (x0.shape[0] > 0 and 0 in x0.shape[1:]):

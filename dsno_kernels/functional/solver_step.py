@@ -244,7 +244,8 @@ def _clip(
     low, high = clip
     if not low <= high:
         raise ValueError(f"clip must be (lowest, highest), got {clip!r}")
-    finite = [float(bound) if math.isfinite(bound) else None for bound in (low, high)]
+    # Compared, as torch.compile cannot ask math.isfinite of numbers that change between calls.
+    finite = [float(bound) if -math.inf < bound < math.inf else None for bound in (low, high)]
     return finite[0], finite[1]
 
 

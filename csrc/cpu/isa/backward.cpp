@@ -115,10 +115,14 @@ bool spectral_conv_backward(const ConvArgs& conv, const WeightGradArgs& grad) {
     if (apart || !in_float32(conv.precision))
         return spectral_conv(conv) && spectral_conv_weight_grad(grad);
     WeightGradArgs swapped = grad;
-    std::swap(swapped.x, swapped.grad);
-    std::swap(swapped.I, swapped.O);
-    std::swap(swapped.T, swapped.n);
-    std::swap(swapped.x_analysis, swapped.grad_analysis);
+    swapped.x = grad.grad;
+    swapped.grad = grad.x;
+    swapped.I = grad.O;
+    swapped.O = grad.I;
+    swapped.T = grad.n;
+    swapped.n = grad.T;
+    swapped.x_analysis = grad.grad_analysis;
+    swapped.grad_analysis = grad.x_analysis;
     return Backward(conv, swapped).run();
 }
 

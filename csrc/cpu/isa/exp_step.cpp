@@ -1,5 +1,4 @@
 // exp_step and its gradients: one pass over memory.
-#include <numeric>
 
 #include "../parallel.h"
 #include "isa.h"
@@ -123,7 +122,9 @@ struct ExpStepBackward {
         if (self.any_streams) fence_streams();
         if (!a.dots) return;
         for (int j = 0; j < a.terms; ++j) {
-            self.partial[task * a.terms + j] = std::accumulate(dots[j], dots[j] + kLanes, 0.0);
+            double sum = 0.0;
+            for (int lane = 0; lane < kLanes; ++lane) sum += dots[j][lane];
+            self.partial[task * a.terms + j] = sum;
         }
     }
 };

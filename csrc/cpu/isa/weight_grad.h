@@ -8,8 +8,6 @@
 // their timing.
 #pragma once
 
-#include <utility>
-
 #include "../parallel.h"
 #include "bfloat16.h"
 
@@ -54,8 +52,10 @@ struct WeightGrad {
     // With the two tensors in each other's place, as they are in `a`; the sign bits belong to x.
     static WeightGrad swapped(const WeightGradArgs& a) {
         WeightGrad sums(a);
-        std::swap(sums.x.bits, sums.grad.bits);
-        std::swap(sums.x.bytes, sums.grad.bytes);
+        sums.x.bits = sums.grad.bits;
+        sums.x.bytes = sums.grad.bytes;
+        sums.grad.bits = {nullptr, 1.0f};
+        sums.grad.bytes = 0;
         sums.is_swapped = true;
         return sums;
     }
@@ -115,6 +115,9 @@ struct WeightGrad {
             (x_planes.planes() * rows() + grad_planes.planes() * blocks * kWidth);
         tiles_per_chunk = max64(1, min64(kMaxTiles, kPanelBytes / tile_bytes));
         tiles_per_chunk = min64(tiles_per_chunk, tiles);
+        // A chunk is one thread's: where there are few pixels, no thread waits for another's tiles.
+        while (tiles_per_chunk > 1 && args.B * ceil_div(tiles, tiles_per_chunk) < args.threads)
+            --tiles_per_chunk;
         chunks = args.B * ceil_div(tiles, tiles_per_chunk);
         splits = min64(args.threads, chunks);
         part_floats = accumulators() * blocks * rows() * kWidth;

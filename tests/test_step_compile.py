@@ -68,3 +68,21 @@ def test_numbers_that_change() -> None:
         assert torch.equal(step(x, h, a), dk.exp_step(x, [h], [a, 0.5]))
     with pytest.raises(Exception, match="coefficients must be finite, got nan"):
         step(x, h, float("nan"))
+
+
+def test_bounds_that_change() -> None:
+    row = [1.0, -0.5, 0.5, 0.25, 0.0, 0.5, 0.25, 1.0]
+    step = torch.compile(
+        lambda x, F, high: dk.solver_step(x, F, row, clip=(-1.0, high)),
+        fullgraph=True,
+        backend="eager",
+    )
+    limit = torch.compile(
+        lambda x, most: dk.dynamic_threshold(x, 0.9, most), fullgraph=True, backend="eager"
+    )
+    x, F = torch.randn(2, 2, 5)
+    for bound in (1.5, 1.75, 2.5):
+        compiled, direct = step(x, F, bound), dk.solver_step(x, F, row, clip=(-1.0, bound))
+        for made, expected in zip(compiled, direct, strict=True):
+            assert (made is None and expected is None) or torch.equal(made, expected)
+        assert torch.equal(limit(x, bound), dk.dynamic_threshold(x, 0.9, bound))

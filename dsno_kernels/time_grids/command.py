@@ -76,8 +76,10 @@ class Usual:
 
 # What an exact denoiser makes of a noise jumps from one image to another as the times change, which
 # only many noises average out; it is cheap. L-BFGS would learn the jumps of its noises by heart.
+# Networks jump less, but they do: what 128 noises taught with 8 evaluations and more was worse, on
+# others, than the best hand-made grid.
 EXACT = Usual(8192, 2048, 0.5, "adam", 160, 8, 256)
-NETWORK = Usual(64, 128, 0.2, "lbfgs", 40, 4, None)
+NETWORK = Usual(512, 256, 0.5, "adam", 60, 4, 64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

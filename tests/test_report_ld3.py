@@ -67,8 +67,9 @@ def test_a_smoke_run_makes_the_table_and_the_picture(
 
 
 def test_the_options_are_accepted() -> None:
-    words = f"learn-grid {ld3_digits.STEPS} {ld3_digits.SMOKE}".split()
-    assert callable(commands.parser().parse_args(words).run)
+    for options in ld3_digits.OPTIONS.values():
+        words = f"learn-grid {options} {ld3_digits.SMOKE}".split()
+        assert callable(commands.parser().parse_args(words).run)
 
 
 def test_a_row_and_who_wins(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class Usual:
 # Networks jump less, but they do: what 128 noises taught with 8 evaluations and more was worse, on
 # others, than the best hand-made grid.
 EXACT = Usual(8192, 2048, 0.5, "adam", 160, 8, 256)
-NETWORK = Usual(512, 256, 0.5, "adam", 60, 4, 64)
+NETWORK = Usual(320, 128, 0.5, "adam", 48, 4, 64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -240,7 +240,7 @@ def explain_request(request: Request, forced_name: str = "") -> str:
         reason = unsupported(name, request)
         if reason is None:
             reason = "runs" if name == chosen else "could run"
-            apart = _not_whole(name, request)
+            apart = _not_whole(name, request) if request.op in PARTS else None
             if apart:
                 reason += f", as {' and '.join(PARTS[request.op])}: {apart}"
         lines.append(f"  {'->' if name == chosen else '  '} {name:<9} {reason}")
